@@ -1,0 +1,98 @@
+"""Which device, which precision, and how much memory is in use there."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from core.errors import LoRAError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Returns the device for a setting: "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        LoRAError: The name is no device, or that device is not there.
+    """
+    present = ["cpu"]
+    if torch.cuda.is_available():
+        present = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *present]
+    if torch.backends.mps.is_available():
+        present = [*present[:-1], "mps", "cpu"]
+    if name == "auto":
+        return torch.device(present[0])
+    if name not in present:
+        raise LoRAError(f"`device` (={name!r}) must be one that this machine has: auto, {', '.join(present)}.")
+    return torch.device(name)
+
+
+def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Returns the type of the frozen weights; "auto" takes bf16 where `device` multiplies it fast.
+
+    Raises:
+        LoRAError: `precision` is none of auto, fp32, bf16.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if _fast_bfloat16(device) else torch.float32
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if precision not in dtypes:
+        raise LoRAError(f"`precision` (={precision!r}) must be one of auto, {', '.join(dtypes)}.")
+    return dtypes[precision]
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        flags = Path("/proc/cpuinfo")
+        words = flags.read_text(errors="replace").split() if flags.exists() else []
+        return "amx_bf16" in words or "avx512_bf16" in words
+    return False
+
+
+def memory_source(device: torch.device) -> str:
+    """Returns in words what `memory_bytes` and `peak_memory_bytes` measure on `device`."""
+    if device.type == "cuda":
+        return "allocated by torch on the GPU"
+    if device.type == "mps":
+        return "allocated by torch on MPS"
+    if _proc_status() is not None:
+        return "resident memory of the process"
+    return "not measured on Windows" if sys.platform == "win32" else "peak resident memory of the process"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Returns the memory in use now (see `memory_source`)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return _process_bytes("VmRSS")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Returns the most memory that was in use so far (see `memory_source`); on MPS, that of now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    return _process_bytes("VmHWM")
+
+
+def _proc_status() -> str | None:
+    try:
+        return Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
+        return None
+
+
+def _process_bytes(field: str) -> int:
+    status = _proc_status()
+    if status is not None:
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
+    if sys.platform == "win32":
+        return 0
+    import resource  # does not exist on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,136 @@
+"""What training says while it goes on: frozen facts, in order, that can be kept as JSON."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from core.errors import LoRAError
+
+
+@dataclass(frozen=True)
+class Noted:
+    """Something that a person may want to know: a phase of the work, or a warning.
+
+    Attributes:
+        message: One sentence.
+    """
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """Training is about to take its first step.
+
+    Attributes:
+        num_steps: How many steps will follow.
+        num_trainable: Entries of all A and B.
+        num_parameters: Entries of the whole model, A and B included; tied weights count once.
+        device: Where it runs, as torch names it.
+        precision: Type of the frozen weights, as torch names it.
+        memory_source: What `memory_bytes` of the steps measures, in words.
+    """
+
+    num_steps: int
+    num_trainable: int
+    num_parameters: int
+    device: str
+    precision: str
+    memory_source: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step is done.
+
+    Attributes:
+        step: Its number, from 1.
+        loss: Mean over the trained tokens of the step, before the update, in nats per token.
+        learning_rate: The rate that this update used.
+        grad_norm: Length of the whole gradient before clipping.
+        num_tokens: Tokens that went through the model, padding not counted.
+        num_trained_tokens: Tokens that the loss was taken over.
+        step_seconds: Time that the step took, without the consumer's.
+        memory_bytes: Memory in use at the end of the step (see `Started.memory_source`).
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    num_trained_tokens: int
+    step_seconds: float
+    memory_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens through the model per second of this step."""
+        return self.num_tokens / self.step_seconds if self.step_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The loss on held-out rows, after `step` steps (0: before the first).
+
+    Attributes:
+        loss: Mean over all trained tokens of those rows, in nats per token.
+        num_trained_tokens: How many tokens that is.
+        evaluate_seconds: Time that it took.
+    """
+
+    step: int
+    loss: float
+    num_trained_tokens: int
+    evaluate_seconds: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Training has ended by itself or was asked to stop; A and B are as of `step`.
+
+    Attributes:
+        reason: "done" when all steps were taken, "stopped" when somebody asked.
+        peak_memory_bytes: The most memory in use so far (see `Started.memory_source`).
+    """
+
+    step: int
+    reason: str
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Training ended by an error.
+
+    Attributes:
+        message: What a person should read: cause and next step.
+    """
+
+    message: str
+
+
+Event = Noted | Started | Step | Evaluated | Finished | Failed
+
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Noted, Started, Step, Evaluated, Finished, Failed)}
+
+
+def to_record(event: Event) -> dict[str, Any]:
+    """Returns `event` as plain values, its kind under "event"."""
+    return {"event": type(event).__name__, **dataclasses.asdict(event)}
+
+
+def from_record(record: dict[str, Any]) -> Event:
+    """Returns the event that `to_record` made `record` from.
+
+    Raises:
+        LoRAError: The record is of no known kind or its fields do not fit.
+    """
+    values = dict(record)
+    kind = values.pop("event", None)
+    if kind not in _KINDS:
+        raise LoRAError(f"`event` (={kind!r}) must be one of {', '.join(_KINDS)}.")
+    try:
+        return _KINDS[kind](**values)
+    except TypeError as error:
+        raise LoRAError(f"The record of `{kind}` does not fit: {error}.") from error
