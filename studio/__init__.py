@@ -1,0 +1,1 @@
+"""The studio: a browser application and a command line on top of `core`."""

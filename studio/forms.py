@@ -1,0 +1,86 @@
+"""From declared settings to widgets, and from the widgets' values back to a checked config."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from core import Config, LoRAError, Setting, settings
+
+
+class Form:
+    """Widgets of some settings of a config class, made where this is called.
+
+    Attributes:
+        names: The settings, in the widgets' order.
+        widgets: Their widgets.
+    """
+
+    def __init__(self, config: type[Config], names: Sequence[str] | None = None, **defaults: Any) -> None:
+        """Draws the settings; the advanced ones go under "More".
+
+        Args:
+            config: The class whose settings are drawn.
+            names: Which; by default all.
+            defaults: Values to begin with that differ from the declared ones.
+        """
+        declared = {s.name: s for s in settings(config)}
+        chosen = [declared[name] for name in (names or declared)]
+        plain, advanced = [s for s in chosen if not s.advanced], [s for s in chosen if s.advanced]
+        self.widgets = _rows(plain, defaults)
+        if advanced:
+            with gr.Accordion("More", open=False):
+                self.widgets += _rows(advanced, defaults)
+        self.names = [s.name for s in (*plain, *advanced)]
+        self._settings = {s.name: s for s in chosen}
+
+    def values(self, raw: Sequence[Any]) -> dict[str, Any]:
+        """Returns setting → value for what the widgets hold, ready for `Config.from_dict`.
+
+        Raises:
+            LoRAError: A table of names and numbers is no JSON.
+        """
+        return {name: _from_widget(self._settings[name], v) for name, v in zip(self.names, raw, strict=True)}
+
+    def shown(self, config: Config) -> list[Any]:
+        """Returns what the widgets show for `config`."""
+        values = config.to_dict()
+        return [_to_widget(values[name]) for name in self.names]
+
+
+def _rows(chosen: list[Setting], defaults: dict[str, Any]) -> list[Any]:
+    widgets = []
+    for start in range(0, len(chosen), 2):
+        with gr.Row(equal_height=False):
+            widgets += [widget(s, defaults.get(s.name, s.default)) for s in chosen[start : start + 2]]
+    return widgets
+
+
+def widget(s: Setting, value: Any) -> Any:
+    """Returns the Gradio component for one setting, its explanation beside it."""
+    common = {"label": s.label, "info": s.help, "elem_id": f"setting-{s.name}", "min_width": 220}
+    if s.choices is not None:
+        return gr.Radio(list(s.choices), value=value, **common)
+    if s.type in (int, float):
+        # Bounds are checked with a better message when the form is used.
+        return gr.Number(value=value, precision=0 if s.type is int else None, **common)
+    return gr.Textbox(value=_to_widget(value), max_lines=3, **common)
+
+
+def _to_widget(value: Any) -> Any:
+    if isinstance(value, dict):
+        return json.dumps(value) if value else ""
+    return ", ".join(value) if isinstance(value, (list, tuple)) else value
+
+
+def _from_widget(s: Setting, value: Any) -> Any:
+    if isinstance(s.default, dict):
+        try:
+            table = json.loads(value or "{}")
+        except ValueError as error:
+            raise LoRAError(
+                f'`{s.name}` (={value!r}) must be a table like {{"q_proj": 4}}, written as JSON; {error}.'
+            ) from error
+        return table
+    return value.strip() if isinstance(value, str) else value

@@ -1,0 +1,74 @@
+"""The names of a model's matrices as people know them: by layer and by kind."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+_QUERY = {"q_proj", "query", "q", "q_lin", "query_proj"}
+_VALUE = {"v_proj", "value", "v", "v_lin", "value_proj"}
+
+
+def layer_and_matrix(path: str) -> tuple[int, str]:
+    """Returns where a module stands: its layer, and the name of its matrix inside the layer.
+
+    The layer is the first component of `path` that is a number, the name what follows it: of
+    model.layers.3.mlp.up_proj they are (3, mlp.up_proj). Without such a number, or with nothing after it, (-1, path).
+    """
+    _, layer, matrix = split_path(path)
+    return layer, matrix
+
+
+def split_path(path: str) -> tuple[str, int, str]:
+    """Returns what `layer_and_matrix` does, and before it the name of the stack of layers: model.layers, or empty."""
+    parts = path.split(".")
+    for place, part in enumerate(parts[:-1]):
+        if re.fullmatch("[0-9]{1,9}", part):
+            return ".".join(parts[:place]), int(part), ".".join(parts[place + 1 :])
+    return "", -1, path
+
+
+@dataclass(frozen=True)
+class MatrixKind:
+    """All matrices of one name, over the layers.
+
+    Attributes:
+        name: The name inside a layer.
+        shape: (out_features, in_features) of the first.
+        num_layers: How many there are.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    num_layers: int
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it belongs to attention, going by its name."""
+        return any(word in self.name.lower() for word in ("attn", "attention")) or self.leaf in _QUERY | _VALUE
+
+    @property
+    def leaf(self) -> str:
+        """The last part of the name: q_proj."""
+        return self.name.rpartition(".")[2]
+
+
+def kinds(shapes: Mapping[str, tuple[int, int]]) -> list[MatrixKind]:
+    """Returns the kinds of matrices among path → shape, in the model's order."""
+    found: dict[str, tuple[tuple[int, int], int]] = {}
+    for path, shape in shapes.items():
+        name = layer_and_matrix(path)[1]
+        first, count = found.get(name, (shape, 0))
+        found[name] = (first, count + 1)
+    return [MatrixKind(name, shape, count) for name, (shape, count) in found.items()]
+
+
+def presets(found: Iterable[MatrixKind]) -> dict[str, list[str]]:
+    """Returns the usual choices of matrices for a model: title → names. Those that it cannot make are absent."""
+    found = [k for k in found if k.num_layers > 1] or list(found)
+    query_value = [k.name for k in found if k.leaf in _QUERY | _VALUE]
+    attention = [k.name for k in found if k.is_attention]
+    choices = {"Query and value (the paper)": query_value, "All attention": attention}
+    return {
+        **{title: names for title, names in choices.items() if names},
+        "All linear": [k.name for k in found],
+    }

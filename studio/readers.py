@@ -1,0 +1,281 @@
+"""Reading one data file: JSONL, JSON, CSV, TSV, Parquet or text becomes rows; every fault names file and line."""
+
+import csv
+import io
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import LoRAError
+
+MAX_BYTES = 200_000_000
+MAX_UNPACKED_BYTES = 1_000_000_000
+TRAIN_NAMES = ("train", "training")
+EVAL_NAMES = ("validation", "valid", "val", "dev", "eval", "test")
+KINDS = ".jsonl, .json, .csv, .tsv, .parquet or .txt"
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path, notes: list[str]) -> tuple[list[Row], list[Row]]:
+    """Returns the rows of one file, and those that it keeps for evaluation; its ending says how to read it.
+
+    Args:
+        path: The file.
+        notes: Takes one sentence for each thing that is odd but readable.
+
+    Raises:
+        LoRAError: The file cannot be read; names file, line or row, and what to do.
+    """
+    check_file(path)
+    ending = path.suffix.lower()
+    with path.open("rb") as file:
+        head = file.read(4)
+    if ending == ".parquet" or head == b"PAR1":
+        return _read_parquet(path), []
+    text = _decode(path)
+    if ending == ".csv":
+        return _read_csv(path, text, notes), []
+    if ending in (".tsv", ".tab"):
+        return _read_tsv(path, text, notes), []
+    if ending in (".txt", ".text", ".md"):
+        return _read_text(text), []
+    if ending in (".json", ".jsonl", ".ndjson") or text.lstrip()[:1] in ("{", "["):
+        return _read_json(path, text, ending)
+    raise LoRAError(f"`{path.name}` must end in {KINDS}; save it in one of these forms and choose it again.")
+
+
+def check_file(path: Path) -> None:
+    """Checks what can be known of a file without reading it.
+
+    Raises:
+        LoRAError: It does not exist, is not a plain file, is empty, over the limit, or may not be read.
+    """
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise LoRAError(
+            f"`source` (={str(path)!r}) must be a file that exists; check the path, or say starter:NAME or "
+            "hub:owner/name."
+        ) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise LoRAError(f"`source` (={str(path)!r}) must be a file, not a folder or a device; name one file in it.")
+    if status.st_size > MAX_BYTES:
+        raise LoRAError(
+            f"`{path.name}` ({status.st_size / 1e6:,.0f} MB) must be at most {MAX_BYTES / 1e6:,.0f} MB; "
+            "keep a part of its rows, which is plenty for a LoRA."
+        )
+    if status.st_size == 0:
+        raise LoRAError(f"`{path.name}` is empty (0 bytes); choose a file with rows in it.")
+    if not os.access(path, os.R_OK):
+        raise LoRAError(f"`{path.name}` must be readable; change its permissions or copy it elsewhere.")
+
+
+def _decode(path: Path) -> str:
+    raw = path.read_bytes()
+    encoding = "utf-8-sig"
+    for mark, name in ((b"\xff\xfe\0\0", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
+        if raw.startswith(mark):
+            encoding = name
+            break
+    if encoding == "utf-8-sig" and (at := raw.find(b"\0")) >= 0:
+        raise LoRAError(
+            f"`{path.name}` is not a text file (a zero byte at byte {at + 1}); save it as {KINDS} in UTF-8."
+        )
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        shown = "UTF-8" if encoding == "utf-8-sig" else encoding.upper()
+        raise LoRAError(
+            f"`{path.name}`, line {line}: byte {error.start + 1} is not {shown}; save it as UTF-8 and choose it again."
+        ) from error
+    if not text.strip():
+        raise LoRAError(f"`{path.name}` is empty (only white space); choose a file with rows in it.")
+    return text
+
+
+def _read_json(path: Path, text: str, ending: str) -> tuple[list[Row], list[Row]]:
+    if ending in (".jsonl", ".ndjson") and not text.lstrip().startswith("["):
+        return _read_json_lines(path, text), []
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        # Many a `.json` holds one object a line, and a `.jsonl` may hold rows that are lists: say it line by line.
+        if error.msg == "Extra data" or ending in (".jsonl", ".ndjson"):
+            return _read_json_lines(path, text), []
+        raise LoRAError(
+            f"`{path.name}`, line {error.lineno}: is not valid JSON ({error.msg}, column {error.colno}); "
+            "correct that place."
+        ) from error
+    except RecursionError as error:
+        raise LoRAError(f"`{path.name}` is nested too deeply; make each row a flat object.") from error
+    except ValueError as error:
+        raise LoRAError(f"`{path.name}` holds a number that is too long; write it as text in quotes.") from error
+    if isinstance(value, dict):
+        lists = {k: v for k, v in value.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+        main = next((k for k in (*TRAIN_NAMES, "data", "rows", "examples") if k in lists), None)
+        if main is None and len(lists) == 1:
+            main = next(iter(lists))
+        if main is None:
+            raise LoRAError(
+                f'`{path.name}` must hold a list of rows, or {{"data": [rows]}}; it holds one object with '
+                f"{names_of(value)}."
+            )
+        held_out = next((lists[k] for k in EVAL_NAMES if k in lists), []) if main in TRAIN_NAMES else []
+        return _objects(path, lists[main]), _objects(path, held_out)
+    return _objects(path, value if isinstance(value, list) else [value]), []
+
+
+def _read_json_lines(path: Path, text: str) -> list[Row]:
+    values, bad, lines = [], [], []
+    # Not splitlines(): JSON text may hold U+2028 and its like.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        lines.append(number)
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            bad.append((number, f"{error.msg}, column {error.colno}"))
+        except RecursionError:
+            bad.append((number, "nested too deeply"))
+        except ValueError:
+            bad.append((number, "a number that is too long"))
+    if bad:
+        count = f"{len(bad)} of {len(lines)} lines {'is' if len(bad) == 1 else 'are'} like this"
+        raise LoRAError(
+            f"`{path.name}`, line {bad[0][0]}: is not valid JSON ({bad[0][1]}); {count}; correct or remove them."
+        )
+    return _objects(path, values, lines)
+
+
+def _objects(path: Path, values: list[Any], lines: Sequence[int] = ()) -> list[Row]:
+    for i, value in enumerate(values):
+        if not isinstance(value, dict):
+            place = f"line {lines[i]}" if lines else f"row {i + 1}"
+            kind = {list: "a list", str: "text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
+            raise LoRAError(
+                f'`{path.name}`, {place}: must be an object like {{"prompt": "…", "completion": "…"}}, not {kind}.'
+            )
+    return values
+
+
+def _read_csv(path: Path, text: str, notes: list[str]) -> list[Row]:
+    first = text.lstrip("\r\n").splitlines()[0]
+    delimiter = next((d for d in ",;\t" if d in first), ",")
+    return _cells_to_rows(path, _quoted_cells(path, text, delimiter), notes)
+
+
+def _quoted_cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    records, line = [], 1
+    try:
+        for cells in reader:
+            if cells:
+                records.append((line, cells))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise LoRAError(
+            f"`{path.name}`, line {line}: its quotes do not match ({error}); close each quote, and write a quote "
+            "inside a field twice."
+        ) from error
+    return records
+
+
+def _read_tsv(path: Path, text: str, notes: list[str]) -> list[Row]:
+    # Tab-separated sets such as GLUE's use quotes as mere text, so quotes mean nothing here, unless the rows fit the
+    # header only when they do.
+    lines = ((number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), start=1))
+    records = [(number, line.split("\t")) for number, line in lines if line]
+    header = [name.strip() for name in records[0][1]]
+    # A header names each column differently; a first row that does not is data (GLUE's CoLA).
+    if "" in header[1:] or len(set(header)) < len(header):
+        records.insert(0, (0, [f"col{i}" for i in range(1, len(header) + 1)]))
+        notes.append(f"`{path.name}` has no header; its columns are called col1 to col{len(header)}.")
+    try:
+        return _cells_to_rows(path, records, notes)
+    except LoRAError as unquoted:
+        try:
+            return _cells_to_rows(path, _quoted_cells(path, text, "\t"), notes)
+        except LoRAError:
+            raise unquoted from None
+
+
+def _cells_to_rows(path: Path, records: list[tuple[int, list[str]]], notes: list[str]) -> list[Row]:
+    line, header = records[0]
+    header = [name.strip() for name in header]
+    # What pandas writes for its index.
+    if header[0] == "" and len(header) > 1:
+        header[0] = "index"
+    for i, name in enumerate(header):
+        if not name:
+            raise LoRAError(
+                f"`{path.name}`, line {line}: column {i + 1} of the header has no name; name it or remove it."
+            )
+        if name in header[:i]:
+            raise LoRAError(f"`{path.name}`, line {line}: the header has two columns {name!r}; rename one of them.")
+    long = [number for number, cells in records if len(cells) > len(header)]
+    if long:
+        cells = next(c for number, c in records if number == long[0])
+        raise LoRAError(
+            f"`{path.name}`, line {long[0]}: has {len(cells)} fields, but the header has {len(header)} "
+            f"({len(long)} of {len(records) - 1} rows are like this); put fields that hold a separator in quotes."
+        )
+    short = [number for number, cells in records if len(cells) < len(header)]
+    if short:
+        notes.append(
+            f"`{path.name}`, line {short[0]}: has fewer fields than the header ({len(short)} of {len(records) - 1} "
+            "rows are like this); the missing ones are empty."
+        )
+    return [dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True)) for _, cells in records[1:]]
+
+
+def _read_text(text: str) -> list[Row]:
+    """Returns the paragraphs between blank lines, or the lines where there is no blank line."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")
+    parts = re.split(r"\n(?:[ \t]*\n)+", text)
+    if len(parts) == 1:
+        parts = text.split("\n")
+    return [{"text": part.rstrip()} for part in parts if part.strip()]
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows: list[Row] = []
+    num_bytes = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise LoRAError(f"`{path.name}` has two columns of one name among {names_of(names)}; rename one.")
+            # In small batches: a few bytes of Parquet can stand for gigabytes of repeated text, which count only once
+            # in Arrow's dictionaries.
+            for batch in file.iter_batches(batch_size=256):
+                new = batch.to_pylist()
+                texts = sum(len(v) for row in new for v in row.values() if isinstance(v, (str, bytes)))
+                num_bytes += max(texts, batch.nbytes)
+                if num_bytes > MAX_UNPACKED_BYTES:
+                    raise LoRAError(
+                        f"`{path.name}` must be at most {MAX_UNPACKED_BYTES / 1e9:g} GB unpacked; keep a part of its "
+                        "rows, which is plenty for a LoRA."
+                    )
+                rows += new
+    except LoRAError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise LoRAError(f"`{path.name}` is not a Parquet file that can be read ({words}); write it again.") from error
+    return rows
+
+
+def names_of(names: Iterable[Any]) -> str:
+    """Returns names as one phrase for a message, shortened where they are many or long."""
+    listed = [str(name)[:60] for name in names]
+    return ", ".join(listed[:20]) + (f" and {len(listed) - 20} more" if len(listed) > 20 else "")

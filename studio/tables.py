@@ -1,0 +1,262 @@
+"""Reading data sets: starter sets, files and Hub sets become rows of named columns."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.errors import LoRAError
+from studio.readers import EVAL_NAMES, TRAIN_NAMES, Row, check_file, names_of, read_rows
+from studio.workspace import ASSETS, Workspace
+
+MAX_HUB_ROWS = 50_000
+STARTERS = ASSETS / "data"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A data set as it was read, before any column is given a meaning.
+
+    Attributes:
+        name: A short name for people.
+        columns: All column names, in order of first appearance. A row may lack some of them.
+        rows: The rows to train on.
+        eval_rows: Rows that the source itself keeps for evaluation; may be empty.
+        problems: What was odd but readable, one sentence each.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    rows: list[Row]
+    eval_rows: list[Row] = field(default_factory=list)
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Starter:
+    """A data set that comes with the studio.
+
+    Attributes:
+        name: What stands after `starter:`.
+        title: A title for people.
+        change: What training on it should visibly change.
+        mapping: The settings of a `DataSpec` that fit it.
+        examples: Prompts to try before and after.
+    """
+
+    name: str
+    title: str
+    change: str
+    mapping: dict[str, str]
+    examples: list[Any]
+
+    @property
+    def source(self) -> str:
+        """The data set as `read_table` wants it named."""
+        return f"starter:{self.name}"
+
+
+def list_starters() -> list[Starter]:
+    """Returns the data sets that come with the studio, by name."""
+    found = []
+    for path in sorted(STARTERS.glob("*/about.json")):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        mapping = {k: about[k] for k in ("layout", "prompt", "completion", "messages", "instruction") if about.get(k)}
+        found.append(Starter(path.parent.name, about["title"], about["change"], mapping, about.get("examples", [])))
+    return found
+
+
+def read_table(source: str | Path, workspace: Workspace) -> Table:
+    """Returns the rows of a starter set, a file or a Hub set.
+
+    Args:
+        source: `starter:NAME`; a path to a JSONL, JSON, CSV, TSV, Parquet or text file (a bare name is also looked
+            for among the uploads); or `hub:owner/name`, optionally with `/config` and `:split` after it.
+        workspace: Where uploads and the Hub's cache lie.
+
+    Raises:
+        LoRAError: The source does not exist or cannot be read; names file, line or row, and what to do.
+    """
+    kind, _, rest = str(source).partition(":")
+    if kind == "starter":
+        return _read_starter(rest)
+    if kind == "hub":
+        return _read_hub(rest, workspace)
+    path = _locate(source, workspace)
+    notes: list[str] = []
+    rows, eval_rows = read_rows(path, notes)
+    return _table(path.name, rows, eval_rows, notes)
+
+
+def _locate(source: str | Path, workspace: Workspace) -> Path:
+    try:
+        path = Path(source).expanduser()
+        uploaded = workspace.uploads / path
+        return uploaded if path.name == str(path) and not path.exists() and uploaded.exists() else path
+    except (OSError, RuntimeError) as error:  # a name too long, a home that does not exist
+        raise LoRAError(f"`source` (={str(source)[:200]!r}) must be a file that exists; check the path.") from error
+
+
+def save_upload(path: Path, name: str, workspace: Workspace) -> Path:
+    """Returns the place of a copy of `path` among the workspace's uploads.
+
+    Args:
+        path: The file to copy.
+        name: What its owner calls it; only a harmless form of the last part of it is used.
+        workspace: Where the copy goes. A name that is taken gets a number.
+
+    Raises:
+        LoRAError: `path` is a link, not a file, or over the limit, or the disk is full.
+    """
+    if path.is_symlink():
+        raise LoRAError(f"`{path.name}` must be a file of its own, not a link; choose the file that it points to.")
+    check_file(path)
+    target = _reserve(workspace.uploads, _harmless(name))
+    scratch: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=workspace.uploads, prefix=".", suffix=".part", delete=False) as copy:
+            scratch = Path(copy.name)
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+        scratch.replace(target)
+    except OSError as error:
+        target.unlink(missing_ok=True)
+        if scratch:
+            scratch.unlink(missing_ok=True)
+        raise LoRAError(
+            f"`{name}` must be copied to {workspace.uploads} ({error.strerror}); free some space and choose it again."
+        ) from error
+    return target
+
+
+def _harmless(name: str) -> str:
+    """Returns a file name without folders, leading dots or odd characters, of at most 60 characters."""
+    last = re.split(r"[/\\]", unicodedata.normalize("NFC", name))[-1]
+    last = re.sub(r"[^\w.()-]+", "_", last).lstrip("._")
+    stem, dot, ending = last.rpartition(".")
+    if not dot:
+        stem, ending = last, ""
+    # 60 characters are at most 240 bytes of UTF-8; file systems allow 255.
+    return (stem[: 60 - len(ending[:10]) - 1] or "data") + dot + ending[:10]
+
+
+def _reserve(folder: Path, name: str) -> Path:
+    path, number = folder / name, 1
+    stem, ending = path.stem, path.suffix
+    while True:
+        try:
+            path.touch(exist_ok=False)
+            return path
+        except FileExistsError:
+            number += 1
+            path = folder / f"{stem}-{number}{ending}"
+        except OSError as error:
+            raise LoRAError(
+                f"`{name}` must be copied to {folder} ({error.strerror}); free some space and choose it again."
+            ) from error
+
+
+def _read_starter(name: str) -> Table:
+    names = [s.name for s in list_starters()]
+    if name not in names:
+        raise LoRAError(f"`source` (='starter:{name}') must be a starter data set; there are {', '.join(names)}.")
+    (train, _), (evaluation, _) = (read_rows(STARTERS / name / f"{part}.jsonl", []) for part in ("train", "eval"))
+    return _table(name, train, evaluation, [])
+
+
+def _read_hub(rest: str, workspace: Workspace) -> Table:
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w.-]+))?(?::([\w.-]+))?", rest)
+    if match is None:
+        raise LoRAError(
+            f"`source` (='hub:{rest}') must look like hub:owner/name, hub:owner/name:split "
+            "or hub:owner/name/config:split."
+        )
+    name, config, split = match.groups()
+    _check_hub(name)
+    import datasets
+
+    try:
+        # Streamed, so that a set of any size starts at once and takes no disk. Repositories' scripts are never run:
+        # `datasets` 4 and later has no way to.
+        splits = datasets.load_dataset(name, config, streaming=True, cache_dir=str(workspace.cache / "datasets"))
+        chosen = split or next((s for s in TRAIN_NAMES if s in splits), next(iter(splits)))
+        if chosen not in splits:
+            raise LoRAError(f"`source` (='hub:{rest}') must name a split of {name}; it has {names_of(splits)}.")
+        held_out = None if split else next((s for s in EVAL_NAMES if s in splits and s != chosen), None)
+        rows = list(itertools.islice(splits[chosen], MAX_HUB_ROWS + 1))
+        eval_rows = list(itertools.islice(splits[held_out], MAX_HUB_ROWS)) if held_out else []
+    except LoRAError:
+        raise
+    except Exception as error:  # whatever a repository's files can set off in its readers
+        words = " ".join(str(error).split())[:300]
+        raise LoRAError(
+            f"`source` (='hub:{rest}') cannot be read ({words}); choose another set, or upload the file itself."
+        ) from error
+    notes = [f"Only the first {MAX_HUB_ROWS:,} rows of {name} were read."] if len(rows) > MAX_HUB_ROWS else []
+    return _table(name, rows[:MAX_HUB_ROWS], eval_rows, notes)
+
+
+def _check_hub(name: str) -> None:
+    """Asks the Hub once for `name`: `datasets` itself would retry for half a minute without a network."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except RepositoryNotFoundError as error:
+        raise LoRAError(
+            f"`source` (='hub:{name}') must be a data set on the Hub that you may read; "
+            "check the name, or log in with `hf auth login`."
+        ) from error
+    except Exception as error:  # every way in which a network can be absent
+        names = ", ".join(s.source for s in list_starters())
+        raise LoRAError(
+            f"`source` (='hub:{name}') needs the Hub, which does not answer ({type(error).__name__}); "
+            f"choose a starter data set ({names}) or a file of your own."
+        ) from error
+
+
+def _table(name: str, rows: list[Row], eval_rows: list[Row], notes: list[str]) -> Table:
+    if not rows:
+        raise LoRAError(f"`{name}` has no rows; choose a file with at least one row below the header.")
+    both = _unfold(rows + eval_rows, notes)
+    columns = tuple(dict.fromkeys(itertools.chain.from_iterable(both)))
+    return Table(name, columns, both[: len(rows)], both[len(rows) :], tuple(notes))
+
+
+def _unfold(rows: list[Row], notes: list[str]) -> list[Row]:
+    """Returns the rows with each column of objects made into one column a key: `instances.output`."""
+    for column in dict.fromkeys(itertools.chain.from_iterable(rows)):
+        inner = [_only_object(row[column]) for row in rows if row.get(column) is not None]
+        if not inner or None in inner:
+            continue
+        keys = dict.fromkeys(itertools.chain.from_iterable(i for i in inner if i))
+        if len(keys) > 20 or {"role", "from"} & keys.keys():
+            continue
+        rows = [_spread(row, column) for row in rows]
+        notes.append(f"Column {column} holds objects; its parts are {names_of(f'{column}.{k}' for k in keys)}.")
+    return rows
+
+
+def _only_object(value: Any) -> Row | None:
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return value if isinstance(value, dict) else None
+
+
+def _spread(row: Row, column: str) -> Row:
+    spread = {}
+    for name, value in row.items():
+        if name == column:
+            spread |= {f"{column}.{k}": v for k, v in (_only_object(value) or {}).items()}
+        else:
+            spread[name] = value
+    return spread

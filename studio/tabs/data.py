@@ -1,0 +1,211 @@
+"""Data: which rows, how they become what the model sees, and which tokens it is trained on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from core import LoRAError, TrainConfig
+from studio import data, theme
+from studio.forms import Form
+from studio.palette import ADAPTED
+from studio.state import Studio
+from studio.tables import Table, list_starters, save_upload
+
+NONE = "(none)"
+COLUMNS = ("prompt", "context", "completion", "messages", "text")
+COLUMNS_OF = {"pair": ("prompt", "context", "completion"), "messages": ("messages",), "text": ("text",)}
+WHERE = ("Starter set", "My own file", "Hugging Face Hub")
+DEFAULT_STARTER = "starter:restaurants"
+PREVIEW_ROWS = 20
+CELL_LIMIT = 160
+
+
+@dataclass(frozen=True)
+class DataTab:
+    """The tab's parts that others read.
+
+    Attributes:
+        inputs: The components whose values `parse` takes.
+        form: The data settings.
+        max_length: The training setting that stands here, where its effect is seen.
+    """
+
+    inputs: list[Any]
+    form: Form
+    max_length: Any
+
+
+def parse(form: Form, values: list[Any]) -> data.DataSpec:
+    """Returns the data settings that the tab's `inputs` say.
+
+    Raises:
+        LoRAError: No data set was read, or a setting is out of range.
+    """
+    source, layout, *rest = values
+    columns, settings = rest[: len(COLUMNS)], rest[len(COLUMNS) :]
+    if not source:
+        raise LoRAError("`source` (=nothing) must name a data set; choose one in the Data tab.")
+    named = {name: "" if column in (NONE, None) else column for name, column in zip(COLUMNS, columns, strict=True)}
+    return data.DataSpec.from_dict({"source": source, "layout": layout, **named, **form.values(settings)})
+
+
+def preview(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Returns the header and the first rows as text, long cells cut."""
+    rows = [[_cell(row.get(column)) for column in table.columns] for row in table.rows[:PREVIEW_ROWS]]
+    return list(table.columns), rows
+
+
+def _cell(value: Any) -> str:
+    text = "" if value is None else str(value)
+    return text if len(text) <= CELL_LIMIT else text[: CELL_LIMIT - 1] + "…"
+
+
+def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
+    """Draws the tab on `page`; `model` holds the base model's name, whose tokenizer and template are used."""
+    starters = list_starters()
+    source = gr.State("")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            gr.Markdown("### Data set\nRows that show the model what to answer.")
+            kind = gr.Radio(list(WHERE), value=WHERE[0], label="Where from", elem_id="data-kind")
+            starter = gr.Radio(
+                [(f"{s.title}: {s.change}", s.source) for s in starters],
+                value=DEFAULT_STARTER,
+                label="Starter set",
+                elem_id="starter-set",
+                elem_classes=["stacked"],
+            )
+            upload = gr.File(
+                label="JSONL, JSON, CSV, TSV, Parquet or text", visible=False, elem_id="upload", height=140
+            )
+            with gr.Group(visible=False) as hub:
+                hub_id = gr.Textbox(
+                    label="Hub id", info="owner/name or owner/name:split. Needs the network.", max_lines=1
+                )
+                hub_read = gr.Button("Read this data set", variant="primary")
+            summary = gr.HTML(elem_id="data-summary")
+            gr.Markdown("### What the columns mean")
+            layout = gr.Radio(
+                [("Prompt and completion", "pair"), ("Conversation", "messages"), ("Plain text", "text")],
+                value="pair",
+                label="A row is",
+            )
+            with gr.Row():
+                columns = [
+                    gr.Dropdown(
+                        [NONE],
+                        value=NONE,
+                        label=f"{name.capitalize()} column",
+                        min_width=140,
+                        visible=name in COLUMNS_OF["pair"],
+                        elem_id=f"column-{name}",
+                    )
+                    for name in COLUMNS
+                ]
+            form = Form(
+                data.DataSpec,
+                ["instruction", "template", "train_on", "eval_fraction", "max_eval_rows", "max_rows"],
+            )
+            (max_length,) = Form(TrainConfig, ["max_length"]).widgets
+        with gr.Column(scale=6, min_width=320):
+            gr.Markdown("### As the model sees it\nColoured tokens are trained; the others are only read.")
+            row_number = gr.Slider(1, 2, value=1, step=1, label="Row")
+            tokens = gr.HighlightedText(
+                label="One row, token by token",
+                color_map={"trained": ADAPTED},
+                show_legend=False,
+                show_inline_category=False,
+                combine_adjacent=False,
+                elem_id="tokens",
+            )
+            row_facts = gr.HTML()
+            check = gr.Button("Check all rows")
+            report = gr.HTML()
+            gr.Markdown("### First rows as they are in the file")
+            table_view = gr.Dataframe(
+                interactive=False, wrap=True, max_height=420, label="Rows", show_label=False, elem_id="preview"
+            )
+
+    inputs = [source, layout, *columns, *form.widgets]
+
+    def read(wanted: str, chosen_model: str) -> tuple[Any, ...]:
+        table = studio.table(wanted)
+        spec = data.guess_spec(table, wanted, has_chat_template=studio.info(chosen_model).has_chat_template)
+        header, rows = preview(table)
+        counts = f"{len(table.rows):,} rows" + (
+            f" and {len(table.eval_rows):,} to evaluate on" if table.eval_rows else ""
+        )
+        choices = [NONE, *table.columns]
+        return (
+            wanted,
+            theme.said([f"{table.name}: {counts}, columns {', '.join(table.columns)}.", *table.problems]),
+            spec.layout,
+            *(gr.Dropdown(choices=choices, value=getattr(spec, name) or NONE) for name in COLUMNS),
+            *form.shown(spec),
+            gr.Slider(maximum=max(2, min(len(table.rows), 500)), value=1),
+            {"headers": header, "data": rows},
+        )
+
+    def read_upload(file: str, chosen_model: str) -> tuple[Any, ...]:
+        return read(str(save_upload(Path(file), Path(file).name, studio.workspace)), chosen_model)
+
+    def show_row(chosen_model: str, longest: Any, number: int, *values: Any) -> tuple[Any, str]:
+        try:
+            spec = parse(form, list(values))
+            longest = TrainConfig(max_length=longest).max_length
+            table = studio.table(spec.source)
+            data.check_spec(spec, table)
+            tokenizer = studio.tokenizer(chosen_model)
+            row = table.rows[min(int(number), len(table.rows)) - 1]
+            example = data.tokenize_row(row, spec, tokenizer, longest)
+        except LoRAError as error:  # said where the row would stand: the form is still being filled in
+            return None, theme.said(str(error), "error")
+        trained = sum(label != -100 for label in example.labels)
+        marked = [(text, "trained" if is_on else None) for text, is_on in data.marked_tokens(example, tokenizer)]
+        words = f"{len(example.input_ids)} tokens, {trained} of them trained."
+        if example.num_cut:
+            words += f" {example.num_cut} more were cut off at {longest}."
+        return marked, theme.said(words, "" if trained else "warn")
+
+    def check_all(chosen_model: str, longest: Any, *values: Any) -> str:
+        spec = parse(form, list(values))
+        prepared = data.prepare(
+            spec, studio.tokenizer(chosen_model), max_length=int(longest), seed=0, workspace=studio.workspace
+        )
+        return theme.said(prepared.report.sentences(), "warn" if prepared.report.skipped else "")
+
+    def show_columns(kind_of_row: str) -> list[Any]:
+        return [gr.Dropdown(visible=name in COLUMNS_OF[kind_of_row]) for name in COLUMNS]
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+    loud: dict[str, Any] = {"api_visibility": "private", "show_progress_on": summary}
+    read_outputs = [source, summary, layout, *columns, *form.widgets, row_number, table_view]
+    kind.change(
+        lambda chosen: [gr.update(visible=chosen == k) for k in WHERE],
+        kind,
+        [starter, upload, hub],
+        queue=False,
+        **quiet,
+    )
+    was_read = [
+        starter.input(studio.guard(read), [starter, model], read_outputs, **loud),
+        upload.upload(studio.guard(read_upload), [upload, model], read_outputs, **loud),
+        gr.on(
+            [hub_read.click, hub_id.submit],
+            studio.guard(lambda text, m: read(f"hub:{text.strip()}", m)),
+            [hub_id, model],
+            read_outputs,
+            **loud,
+        ),
+        page.load(studio.guard(read), [starter, model], read_outputs, **quiet),
+    ]
+    layout.change(show_columns, layout, columns, queue=False, **quiet)
+    row_inputs = [model, max_length, row_number, *inputs]
+    for event in was_read:
+        event.success(show_row, row_inputs, [tokens, row_facts], **quiet)
+    edited = [model.change, *(w.input for w in (row_number, max_length, layout, *columns, *form.widgets))]
+    gr.on(edited, show_row, row_inputs, [tokens, row_facts], trigger_mode="always_last", **quiet)
+    check.click(studio.guard(check_all), [model, max_length, *inputs], report, api_visibility="private")
+    return DataTab(inputs, form, max_length)

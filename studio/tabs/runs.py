@@ -1,0 +1,145 @@
+"""Runs: what was trained, how it went, and what can be done with it."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from core import LoRAError
+from studio import theme
+from studio.runs import Run
+from studio.state import Studio
+
+HEADER = ["Name", "Status", "Made", "Model", "Data", "r", "Steps", "Held-out loss", "Training loss"]
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def row(run: Run) -> list[str]:
+    """Returns a run as a row of the table; a run whose files are damaged says so in its row."""
+    try:
+        status, spec, log = run.status, run.spec, run.log
+    except LoRAError as error:
+        return [run.id, "damaged", "", "", str(error), "", "", "", ""]
+    done = log.steps[-1].step if log.steps else 0
+    losses = [e.loss for e in log.evaluations]
+    return [
+        spec.name,
+        status,
+        f"{run.created:%Y-%m-%d %H:%M}",
+        Path(spec.model).name,
+        Path(spec.data.source).name.removeprefix("starter:"),
+        str(spec.lora.r),
+        f"{done} / {spec.train.steps}",
+        f"{losses[0]:.3f} → {losses[-1]:.3f}" if len(losses) > 1 else "",
+        sparkline([s.loss for s in log.steps]),
+    ]
+
+
+def sparkline(values: Sequence[float], width: int = 16) -> str:
+    """Returns a row of block characters that rise and fall as `values` do, each the mean of a stretch."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return ""
+    width = min(width, len(finite))
+    edges = [i * len(finite) // width for i in range(width + 1)]
+    means = [sum(finite[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(BLOCKS[round((m - low) / span * (len(BLOCKS) - 1))] for m in means)
+
+
+def details(run: Run) -> str:
+    """Returns HTML of a run's settings."""
+    spec = run.spec
+    targets = spec.lora.target_modules
+    return theme.facts(
+        [
+            ("Id", run.id),
+            ("Model", spec.model),
+            ("Data", spec.data.source),
+            ("Target matrices", targets if isinstance(targets, str) else ", ".join(targets)),
+            ("r, alpha, dropout", f"{spec.lora.r}, {spec.lora.alpha:g}, {spec.lora.dropout:g}"),
+            ("Steps × batch", f"{spec.train.steps} × {spec.train.batch_size * spec.train.accumulation}"),
+            ("Learning rate", f"{spec.train.learning_rate:g}, {spec.train.schedule}"),
+            ("Seed", str(spec.train.seed)),
+        ]
+    )
+
+
+def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
+    """Draws the tab; opening a run sets `run_id` and goes to another of `tabs`."""
+    gr.Markdown("### All runs\nA click on a row chooses that run, here and in the header.")
+    table = gr.Dataframe(
+        headers=HEADER, interactive=False, show_label=False, elem_id="runs-table", max_height=460, wrap=False
+    )
+    ids = gr.State([])
+    chosen = gr.HTML(elem_id="run-details")
+    with gr.Row():
+        to_train = gr.Button("Open in Train")
+        to_spectrum = gr.Button("Open in Spectrum")
+        to_chat = gr.Button("Open in Chat")
+        download = gr.DownloadButton("Download adapter (zip)", elem_id="download")
+        delete = gr.Button("Delete …", variant="stop", elem_id="delete")
+    with gr.Group(visible=False) as question:
+        asked = gr.HTML()
+        with gr.Row():
+            yes = gr.Button("Delete for good", variant="stop", elem_id="delete-yes")
+            no = gr.Button("Keep it", elem_id="delete-no")
+
+    def fill() -> tuple[Any, ...]:
+        runs = studio.runs.list()
+        return {"headers": HEADER, "data": [row(run) for run in runs]}, [run.id for run in runs]
+
+    def show(run: str) -> tuple[Any, ...]:
+        if not run:
+            return theme.said("No run yet. Train one, and it is listed here."), gr.DownloadButton(interactive=False)
+        found = studio.runs.get(run)
+        return details(found), gr.DownloadButton(interactive=found.has_adapter)
+
+    def choose(known: list[str], event: gr.SelectData) -> str:
+        return known[event.index[0]]
+
+    def pack(run: str) -> str:
+        if not run:
+            raise LoRAError("`run` (=nothing) must be chosen; click one in the table.")
+        found = studio.runs.get(run)
+        if not found.has_adapter:
+            raise LoRAError(
+                f"“{found.spec.name}” has no adapter yet; it is saved at the first evaluation and at the end."
+            )
+        return shutil.make_archive(str(studio.workspace.cache / f"{found.id}-adapter"), "zip", found.adapter_folder)
+
+    def ask(run: str) -> tuple[Any, ...]:
+        if not run:
+            raise LoRAError("`run` (=nothing) must be chosen; click one in the table.")
+        found = studio.runs.get(run)
+        words = f"Delete “{found.spec.name}” with its adapter, log and losses? This cannot be undone."
+        return gr.Group(visible=True), theme.said(words, "warn")
+
+    def remove(run: str) -> tuple[Any, ...]:
+        studio.runs.delete(studio.runs.get(run))
+        left = studio.runs.list()
+        options = [(label(r), r.id) for r in left]
+        return gr.Group(visible=False), gr.Dropdown(choices=options, value=left[0].id if left else None), *fill()
+
+    private: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
+    gr.on([selected, run_id.change], studio.guard(fill), None, [table, ids], **private)
+    gr.on([selected, run_id.change], studio.guard(show), run_id, [chosen, download], **private)
+    table.select(studio.guard(choose), ids, run_id, **private)
+    for button, tab in ((to_train, "train"), (to_spectrum, "spectrum"), (to_chat, "chat")):
+        button.click(lambda tab=tab: gr.Tabs(selected=tab), None, tabs, queue=False, **private)
+    download.click(studio.guard(pack), run_id, download, **private)
+    delete.click(studio.guard(ask), run_id, [question, asked], **private)
+    no.click(lambda: gr.Group(visible=False), None, question, queue=False, **private)
+    yes.click(studio.guard(remove), run_id, [question, run_id, table, ids], **private)
+
+
+def label(run: Run) -> str:
+    """Returns how a run is called in a list."""
+    try:
+        return f"{run.spec.name} · {run.status} · {run.created:%d %b %H:%M}"
+    except LoRAError:
+        return f"{run.id} · damaged"

@@ -1,0 +1,126 @@
+"""The look: two colours with a meaning, system fonts, and little CSS; light and dark."""
+
+from html import escape
+
+from gradio.themes import Base, Color, colors, sizes
+
+from studio.palette import ADAPTED, BASE
+
+_ORANGE = Color(
+    name="adapted",
+    c50="#fff6ee",
+    c100="#ffe9d5",
+    c200="#fdcfa8",
+    c300="#fab072",
+    c400="#f28c3f",
+    c500="#e0701d",
+    c600="#bd5409",
+    c700="#98430b",
+    c800="#7b380f",
+    c900="#663111",
+    c950="#381706",
+)
+
+_SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
+
+
+def theme() -> Base:
+    """Returns the Gradio theme; it names only fonts that the machine has, so nothing is fetched."""
+    return Base(
+        primary_hue=_ORANGE,
+        neutral_hue=colors.slate,
+        radius_size=sizes.radius_md,
+        spacing_size=sizes.spacing_md,
+        text_size=sizes.text_md,
+        font=_SANS,
+        font_mono=_MONO,
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="#0e1420",
+        background_fill_primary_dark="#151d2c",
+        background_fill_secondary_dark="#0e1420",
+        block_background_fill="white",
+        block_background_fill_dark="#151d2c",
+        block_border_width="1px",
+        block_border_color="*neutral_200",
+        block_border_color_dark="#273247",
+        border_color_primary_dark="#273247",
+        block_label_text_size="*text_sm",
+        block_title_text_weight="600",
+        block_info_text_color="*neutral_500",
+        block_info_text_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_text_color="white",
+        body_text_color_subdued="*neutral_500",
+        body_text_color_subdued_dark="*neutral_400",
+        input_background_fill="white",
+        input_background_fill_dark="#0e1420",
+        input_border_width="1px",
+        input_border_color="*neutral_300",
+        input_border_color_dark="#35425c",
+        button_secondary_text_color="*neutral_800",
+        button_secondary_text_color_dark="*neutral_100",
+        slider_color="*primary_600",
+    )
+
+
+CSS = f"""
+:root {{ --base: {BASE}; --adapted: {ADAPTED}; }}
+.gradio-container > main {{ max-width: 1360px; margin: 0 auto !important; }}
+.studio-head {{ display: flex; flex-wrap: wrap; align-items: baseline; gap: .35rem 1rem; }}
+.studio-head h1 {{ font-size: 1.35rem; font-weight: 700; margin: 0; letter-spacing: -.01em; }}
+.studio-head .sub {{ color: var(--body-text-color-subdued); font-size: .9rem; }}
+.sub-line {{ color: var(--body-text-color-subdued); font-size: .85rem; font-variant-numeric: tabular-nums; }}
+.facts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .6rem 1rem; margin: 0; }}
+.facts div {{ min-width: 0; }}
+.facts dt {{ color: var(--body-text-color-subdued); font-size: .8rem; }}
+.facts dd {{ margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }}
+.scroll-x + .said {{ margin-top: .75rem; }}
+.said {{ border-left: 3px solid var(--border-color-primary); padding: .15rem .75rem; color: var(--body-text-color); }}
+.said.warn {{ border-color: var(--adapted); }}
+.said.error {{ border-color: #c62828; }}
+.said p {{ margin: .2rem 0; }}
+.chip {{ display: inline-block; border-radius: 999px; padding: .05rem .6rem; font-size: .8rem; font-weight: 600;
+  border: 1px solid currentColor; }}
+.chip.running {{ color: var(--adapted); }} .chip.finished {{ color: #2e7d4f; }}
+.dark .chip.finished {{ color: #6cc393; }}
+.chip.failed, .chip.interrupted {{ color: #c62828; }} .dark .chip.failed, .dark .chip.interrupted {{ color: #ff8a80; }}
+.chip.stopped {{ color: var(--body-text-color-subdued); }}
+.progress {{ height: .5rem; border-radius: 999px; background: var(--border-color-primary); overflow: hidden;
+  margin: .5rem 0 .25rem; }}
+.progress > span {{ display: block; height: 100%; background: var(--adapted); transition: width .4s; }}
+@media (prefers-reduced-motion: reduce) {{ .progress > span {{ transition: none; }} }}
+.figure svg {{ width: 100%; height: auto; display: block; color: var(--body-text-color); }}
+.figure {{ overflow-x: auto; }}
+table.plain {{ border: 0 !important; border-collapse: collapse; width: 100%; margin: 0; font-variant-numeric: tabular-nums; }}
+table.plain :is(thead, tbody, tr) {{ border: 0 !important; }}
+table.plain :is(th, td) {{ text-align: right; padding: .35rem .6rem; border: 0 !important;
+  border-bottom: 1px solid var(--border-color-primary) !important; }}
+table.plain :is(th, td):first-child {{ text-align: left; }}
+table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600; font-size: .85rem; }}
+.scroll-x {{ overflow-x: auto; }}
+.pane-base .label-wrap, .pane-base {{ border-top: 3px solid var(--base) !important; }}
+.pane-adapter, .pane-merged {{ border-top: 3px solid var(--adapted) !important; }}
+.engine textarea, .engine {{ font-size: .8rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }}
+"""
+
+
+def facts(pairs: list[tuple[str, str]]) -> str:
+    """Returns HTML of labelled values; both are escaped."""
+    cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in pairs)
+    return f'<dl class="facts">{cells}</dl>'
+
+
+def said(sentences: str | list[str], kind: str = "") -> str:
+    """Returns HTML of sentences to read, escaped; `kind` is "", "warn" or "error"."""
+    lines = [sentences] if isinstance(sentences, str) else sentences
+    return f'<div class="said {kind}" role="status">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>'
+
+
+def chip(status: str) -> str:
+    """Returns HTML of a run's status."""
+    return f'<span class="chip {escape(status)}">{escape(status)}</span>'

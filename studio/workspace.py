@@ -1,0 +1,41 @@
+"""Where runs, data sets and caches live: one folder, chosen once per process."""
+
+import os
+from pathlib import Path
+
+from core.errors import LoRAError
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+class Workspace:
+    """One folder with everything that the studio writes.
+
+    Attributes:
+        root: The folder itself.
+        runs: One folder a run (see `studio.runs`).
+        uploads: Data files that the user gave.
+        cache: What can be made again: converted weights.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        """Opens `root` and makes what is missing in it.
+
+        Raises:
+            LoRAError: `root` is not a folder that can be written.
+        """
+        self.root = Path(root).expanduser().resolve()
+        self.runs, self.uploads, self.cache = (self.root / name for name in ("runs", "uploads", "cache"))
+        try:
+            for folder in (self.runs, self.uploads, self.cache):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LoRAError(
+                f"`--workspace` (={str(self.root)!r}) must be a folder that can be written ({error.strerror}); "
+                "name another one, or free some space."
+            ) from error
+
+    @classmethod
+    def default(cls) -> "Workspace":
+        """Opens `$LORA_STUDIO_HOME`, or `lora-studio` in the user's home folder."""
+        return cls(os.environ.get("LORA_STUDIO_HOME") or Path.home() / "lora-studio")

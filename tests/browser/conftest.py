@@ -1,0 +1,73 @@
+"""A real server with the starter model, and a real browser that looks at it."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+@pytest.fixture(scope="session")
+def workspace_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("studio")
+
+
+class Server:
+    """The `lora-studio` command, serving on a free port; it can be stopped and started again."""
+
+    def __init__(self, workspace):
+        self.workspace = workspace
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self.process = None
+
+    def start(self):
+        self.log = (self.workspace / "server.txt").open("ab")
+        command = [sys.executable, "-m", "studio", "--no-browser", "--port", str(self.port)]
+        self.process = subprocess.Popen(
+            [*command, "--workspace", str(self.workspace)], stdout=self.log, stderr=subprocess.STDOUT, env=os.environ
+        )
+        for _ in range(600):
+            assert self.process.poll() is None, (self.workspace / "server.txt").read_text()
+            try:
+                urllib.request.urlopen(self.url + "config", timeout=5).close()
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError("the server did not answer within a minute")
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(20)
+        self.log.close()
+
+
+@pytest.fixture(scope="session")
+def server(workspace_folder):
+    server = Server(workspace_folder)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield browser
+        browser.close()

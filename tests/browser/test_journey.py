@@ -1,0 +1,189 @@
+"""The whole journey of a newcomer, in a real browser, with the real starter model on real rows."""
+
+import io
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+STEPS = 20
+WAIT = 240_000  # milliseconds; training on a busy machine
+SHOTS = os.environ.get("LORA_STUDIO_SHOTS")  # a folder that gets a picture of every tab
+
+# Whether the three answers are the same as when this was asked before: they have ended.
+SETTLED = """() => {
+    const now = ["base", "adapter", "merged"].map(p => document.querySelector(`#pane-${p} textarea`).value).join("|");
+    const same = now === window.last;
+    window.last = now;
+    return same && now.length > 30;
+}"""
+
+
+def open_tab(page, name):
+    page.get_by_role("tab", name="Model", exact=True).first.wait_for(timeout=WAIT)
+    tab = page.get_by_role("tab", name=name, exact=True).first
+    if not tab.is_visible():  # on a narrow page the last tabs are behind a menu
+        page.locator(".overflow-menu button").first.click()
+        tab = page.locator(".overflow-dropdown button", has_text=name).first
+    tab.click()
+
+
+def status_text(page):
+    return page.locator("#status").inner_text()
+
+
+def step_shown(page):
+    found = re.search(r"(\d+) of \d+", status_text(page))
+    return int(found[1]) if found else 0
+
+
+def wait_for_step(page, step):
+    page.wait_for_function(
+        "step => Number((document.querySelector('#status').innerText.match(/(\\d+) of \\d+/) || [0, 0])[1]) >= step",
+        arg=step,
+        timeout=WAIT,
+    )
+
+
+@pytest.fixture(scope="module")
+def page(browser, server):
+    context = browser.new_context(viewport={"width": 1440, "height": 900})
+    page = context.new_page()
+    page.foreign, page.errors = [], []
+    page.on(
+        "request",
+        lambda r: page.foreign.append(r.url) if not r.url.startswith((server.url, "data:", "blob:")) else None,
+    )
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(server.url)
+    page.wait_for_selector("text=134,515,008", timeout=WAIT)  # the starter's parameters: it was described
+    yield page
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def trained(page, server):
+    """A run of 20 steps, watched while it goes on."""
+    open_tab(page, "Model")
+    page.get_by_label("All attention").check()
+    page.wait_for_function("document.querySelector('#model-cost').innerText.includes('120 of 211')", timeout=WAIT)
+    open_tab(page, "Data")
+    page.wait_for_selector("#tokens >> text=<|im_end|>", timeout=WAIT)
+    open_tab(page, "Train")
+    page.get_by_label("Name of the run").fill("Journey <b>bold</b>")
+    page.get_by_label("Steps", exact=True).fill(str(STEPS))
+    page.locator("#start").click()
+    wait_for_step(page, 2)
+    return page
+
+
+def test_the_run_is_shown_live_and_survives_a_reload_and_a_restart_of_the_server(trained, server):
+    page = trained
+    before = step_shown(page)
+    assert 2 <= before < STEPS, "the page must show the run while it is going on"
+    assert "running" in status_text(page)
+    assert page.locator("#stop").is_enabled()
+
+    page.reload()
+    open_tab(page, "Train")
+    wait_for_step(page, before + 1)
+    assert "running" in status_text(page) or step_shown(page) == STEPS
+
+    server.stop()
+    server.start()
+    page.goto(server.url)
+    open_tab(page, "Train")
+    page.wait_for_function("document.querySelector('#status').innerText.includes('finished')", timeout=WAIT)
+    assert step_shown(page) == STEPS
+    first, last = map(float, re.search(r"([\d.]+) → ([\d.]+)", status_text(page)).groups())
+    assert last < first - 0.3, "twenty steps on the starter data lower the held-out loss plainly"
+    assert "<b>bold</b>" in status_text(page), "a name is shown as text, never as HTML"
+
+
+def test_the_loss_chart_draws_both_series(trained):
+    page = trained
+    open_tab(page, "Train")
+    page.wait_for_selector("#loss-plot canvas, #loss-plot svg", timeout=WAIT)
+    picture = page.locator("#loss-plot").screenshot()
+    colours = dominant_colours(picture)
+    assert (217, 105, 26) in colours, "the held-out losses are drawn"
+    assert (239, 176, 124) in colours, "the training losses are drawn"
+
+
+def dominant_colours(png):
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    counted = image.getcolors(maxcolors=image.width * image.height)
+    return {colour for count, colour in counted if count >= 20}
+
+
+def test_the_spectrum_of_the_run_is_shown(trained):
+    page = trained
+    open_tab(page, "Spectrum")
+    page.wait_for_selector("#heat svg", timeout=WAIT)
+    page.wait_for_selector("#sigma svg", timeout=WAIT)
+    page.wait_for_selector("#table-7 table", timeout=WAIT)
+    assert "120" in page.locator("#spectrum-facts").inner_text()
+    cells = page.locator("#table-7 tbody tr").first.locator("td").all_inner_texts()
+    delta, weight, random = (float(c.replace(",", "")) for c in cells)
+    assert weight > delta > 0
+    assert random > 0
+
+
+def test_three_panes_answer_and_merged_agrees_with_unmerged(trained):
+    page = trained
+    open_tab(page, "Chat")
+    page.wait_for_function("document.querySelector('#message textarea').value.length > 10", timeout=WAIT)
+    page.locator("#send").click()
+    page.wait_for_function(
+        "document.querySelector('#engine-merged textarea').value.includes('first token')", timeout=WAIT
+    )
+    page.wait_for_function(SETTLED, polling=4000, timeout=WAIT)
+    said = {name: page.locator(f"#pane-{name} textarea").input_value() for name in ("base", "adapter", "merged")}
+    engine = {name: page.locator(f"#engine-{name} textarea").input_value() for name in said}
+    assert said["adapter"] and said["adapter"] == said["merged"]
+    assert said["base"] != said["adapter"]
+    assert "adapter off (strength 0)" in engine["base"]
+    assert "adapter unmerged on 120 matrices, strength 1" in engine["adapter"]
+    assert "W₀ + ΔW in 120 matrices, no LoRA layer" in engine["merged"]
+
+
+def test_the_runs_tab_lists_downloads_and_deletes_only_after_a_question(trained, tmp_path):
+    page = trained
+    open_tab(page, "Runs")
+    page.wait_for_function("document.querySelector('#runs-table').innerText.includes('finished')", timeout=30_000)
+    with page.expect_download(timeout=WAIT) as downloaded:
+        page.locator("#download").click()
+    downloaded.value.save_as(tmp_path / "adapter.zip")
+    names = set(zipfile.ZipFile(tmp_path / "adapter.zip").namelist())
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    page.locator("#delete").click()
+    page.wait_for_selector("text=This cannot be undone", timeout=WAIT)
+    page.locator("#delete-no").click()
+    page.locator("#delete-yes").wait_for(state="hidden")
+    assert "finished" in page.locator("#runs-table").inner_text()
+
+
+@pytest.mark.parametrize("width,height", [(1440, 900), (390, 844)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_tab_overflows_the_page(trained, browser, server, width, height, scheme):
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(server.url)
+    page.wait_for_selector("text=134,515,008", timeout=WAIT)
+    for name in ("Model", "Data", "Train", "Spectrum", "Chat", "Runs"):
+        open_tab(page, name)
+        page.wait_for_timeout(2500)
+        inner = page.evaluate("document.documentElement.scrollWidth")
+        assert inner <= width, f"{name} is {inner} wide on a page of {width}"
+        if SHOTS:
+            Path(SHOTS).mkdir(parents=True, exist_ok=True)
+            page.screenshot(path=Path(SHOTS) / f"{name.lower()}-{scheme}-{width}.png", full_page=width < 600)
+    context.close()
+
+
+def test_nothing_was_asked_from_elsewhere_and_no_script_failed(trained):
+    assert trained.foreign == []
+    assert trained.errors == []
