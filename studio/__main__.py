@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     except LoRAError as error:
         print(f"lora-studio: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,10 +71,14 @@ def _parser() -> argparse.ArgumentParser:
 def _serve(args: argparse.Namespace, workspace: Workspace) -> int:
     if not 0 < args.port < 65536:
         raise LoRAError(f"`--port` (={args.port}) must be from 1 to 65535.")
-    with socket.socket() as probe:
+    try:
+        family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise LoRAError(f"`--host` (={args.host!r}) must be an address of this machine, such as 127.0.0.1.") from error
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((args.host, args.port))
+            probe.bind(address)
         except OSError as error:
             raise LoRAError(
                 f"`--port` (={args.port}) must be free on {args.host} ({error.strerror}); "
@@ -83,7 +89,8 @@ def _serve(args: argparse.Namespace, workspace: Workspace) -> int:
     from studio.state import Studio
 
     query = f"?run={args.run_id}" if args.run_id else ""
-    url = f"http://{'localhost' if args.host == '127.0.0.1' else args.host}:{args.port}/{query}"
+    host = "localhost" if args.host == "127.0.0.1" else f"[{args.host}]" if ":" in args.host else args.host
+    url = f"http://{host}:{args.port}/{query}"
     launch(Studio(workspace), host=args.host, port=args.port, url=url, browser=not args.no_browser)
     return 0
 

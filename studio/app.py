@@ -2,7 +2,7 @@
 
 import json
 import logging
-import threading
+import time
 import webbrowser
 from html import escape
 from typing import Any
@@ -16,6 +16,9 @@ from studio.state import Studio
 from studio.tabs import chat, data, model, runs, spectrum, train
 
 TICK_SECONDS = 2.0
+SMALL_CHART_SECONDS = 10.0
+"""Redrawing charts is most of what an open page costs a training on the same cores; the loss goes first."""
+SMALL_CHARTS = slice(3, 3 + len(train.SMALL))
 MAX_UPLOAD_BYTES = 200 * 1024 * 1024
 
 
@@ -73,12 +76,20 @@ def _wire(
         return [head_view(studio), *train.view(found)]
 
     def tick(run: str | None, before: str) -> list[Any]:
-        known = choices()
+        old = json.loads(before or "{}")
+        known = [list(choice) for choice in choices()]
         found = studio.runs.get(run) if run and run in {i for _, i in known} else None
-        token = json.dumps([known, run, found.log.num_events if found else 0])
-        if token == before:
+        new = {"known": known, "run": run, "num_events": found.log.num_events if found else 0}
+        if new == {key: old.get(key) for key in new}:
             return [gr.skip()] * (len(live) + 2)
-        return [*show(found.id if found else None), gr.Dropdown(choices=known), token]
+        parts = show(found.id if found else None)
+        drawn = old.get("drawn", 0.0)
+        if run == old.get("run") and found and found.is_running() and time.time() - drawn < SMALL_CHART_SECONDS:
+            parts[SMALL_CHARTS] = [gr.skip()] * len(train.SMALL)
+        else:
+            drawn = time.time()
+        listed = gr.skip() if known == old.get("known") else gr.Dropdown(choices=choices())
+        return [*parts, listed, json.dumps(new | {"drawn": drawn})]
 
     def begin(name: str, *values: Any) -> Any:
         chosen, lora = model.parse(model_tab.form, list(values[:num_model]))
@@ -93,7 +104,7 @@ def _wire(
     def stop(run: str | None) -> Any:
         if run:
             studio.runs.get(run).ask_to_stop()
-        return gr.Button("Stopping after this step …", interactive=False)
+        return gr.Button(train.STOPPING, interactive=False)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     page.load(studio.guard(opened), None, run_id, **quiet)
@@ -161,7 +172,6 @@ def launch(studio: Studio, *, host: str, port: int, url: str, browser: bool) -> 
         f"LoRA Studio is at {url} (workspace {studio.workspace.root}; Ctrl-C ends the page, not a training).",
         flush=True,
     )
-    threading.Thread(target=studio.warm_up, daemon=True).start()
     if browser:
         webbrowser.open(url)
     page.block_thread()

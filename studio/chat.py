@@ -1,5 +1,6 @@
 """Base, adapted and merged model side by side: each pane generates with what it says it runs."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ class ChatSettings:
             raise LoRAError(f"`max_new_tokens` (={self.max_new_tokens}) must be at least 1.")
         if not 0 <= self.temperature <= 5:
             raise LoRAError(f"`temperature` (={self.temperature}) must be from 0 to 5.")
+        if not 0 <= self.seed < 2**63:
+            raise LoRAError(f"`seed` (={self.seed}) must be at least 0 and below 2⁶³.")
         if not 0 < self.top_p <= 1:
             raise LoRAError(f"`top_p` (={self.top_p}) must be above 0 and at most 1.")
 
@@ -131,6 +134,9 @@ class Engine:
         device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(settings.seed)
         token = torch.tensor([prompt_ids], device=device)
+        room = getattr(model.config, "max_position_embeddings", None) or math.inf
+        if len(prompt_ids) >= room:
+            raise LoRAError(f"The prompt (={len(prompt_ids)} tokens) must be shorter than the model's context, {room}.")
         num_threads = 1 if self._is_cpu_shared() else self._num_threads
         cache = None
         said: list[int] = []
@@ -151,7 +157,7 @@ class Engine:
             ended = chosen in self._end
             if not ended:
                 said.append(chosen)
-            done = ended or len(said) >= settings.max_new_tokens
+            done = ended or len(said) >= settings.max_new_tokens or len(prompt_ids) + len(said) >= room
             yield Answer(tuple(said), done, first_seconds, rate, engine)
             if done:
                 return

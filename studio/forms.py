@@ -1,6 +1,7 @@
 """From declared settings to widgets, and from the widgets' values back to a checked config."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,9 +79,13 @@ def _from_widget(s: Setting, value: Any) -> Any:
     if isinstance(s.default, dict):
         try:
             table = json.loads(value or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LoRAError(
                 f'`{s.name}` (={value!r}) must be a table like {{"q_proj": 4}}, written as JSON; {error}.'
             ) from error
         return table
-    return value.strip() if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    if s.type is not str and s.choices is None and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value.strip()):
+        return tuple(re.split(r"\s*,\s*", value.strip()))  # names; anything else is one expression
+    return value.strip()

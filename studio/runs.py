@@ -8,6 +8,7 @@ lock           held by the worker as long as it lives
 stop           there when somebody asked the worker to save and end
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -142,9 +143,9 @@ class EventLog:
             for line in new.splitlines():
                 try:
                     record = json.loads(line)
-                    self.last_time = record.pop("time")
+                    self.last_time = float(record.pop("time") + 0)
                     events.append(from_record(record))
-                except (ValueError, KeyError, AttributeError, RecursionError) as error:
+                except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                     raise LoRAError(
                         f"{self._path} is damaged at event {self.num_events + len(events) + 1}: {error}"
                     ) from error
@@ -289,8 +290,11 @@ class EventWriter:
 
     def write(self, event: Event) -> None:
         """Appends `event` with the time; a line is on the disk before the next is written for all but steps."""
-        line = json.dumps({"time": round(time.time(), 3), **to_record(event)}) + "\n"
-        os.write(self._fd, line.encode())
+        line = (json.dumps({"time": round(time.time(), 3), **to_record(event)}) + "\n").encode()
+        before = os.fstat(self._fd).st_size
+        if os.write(self._fd, line) < len(line):  # the disk is full: half a line would spoil the next one
+            os.ftruncate(self._fd, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if not isinstance(event, Step):
             os.fsync(self._fd)
 
@@ -337,7 +341,7 @@ class Runs:
             LoRAError: There is none.
         """
         folder = self.workspace.runs / run_id
-        if not re.fullmatch(r"[\w-]+", run_id) or not (folder / "spec.json").is_file():
+        if not re.fullmatch(r"[\w-]{1,120}", run_id) or not (folder / "spec.json").is_file():
             raise LoRAError(f"`run` (={run_id!r}) must be a run of this workspace; it may have been deleted.")
         if run_id not in self._known:
             self._known[run_id] = Run(folder)
@@ -346,7 +350,7 @@ class Runs:
     def list(self) -> list[Run]:
         """Returns all runs, the newest first."""
         names = sorted((p.parent.name for p in self.workspace.runs.glob("*/spec.json")), reverse=True)
-        return [self.get(name) for name in names]
+        return [self.get(name) for name in names if re.fullmatch(r"[\w-]{1,120}", name)]  # not one half deleted
 
     def running(self) -> Run | None:
         """Returns the run that is going on, or None."""

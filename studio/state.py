@@ -73,14 +73,6 @@ class Studio:
         """Returns the chat engine of a run: its base model, its adapter, and the merged twin."""
         return self._keep("engine", self._adapter_key(run), lambda: self._load_engine(run))
 
-    def warm_up(self) -> None:
-        """Loads the libraries and the starter's description ahead of the first question for them."""
-        try:
-            self.info(models.STARTER)
-            self.tokenizer(models.STARTER)
-        except LoRAError:
-            log.info("The starter model is not installed.", exc_info=True)
-
     def check(self, spec: RunSpec) -> None:
         """Checks a spec against its model and data as far as that takes no weights.
 

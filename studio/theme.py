@@ -96,16 +96,17 @@ CSS = f"""
 @media (prefers-reduced-motion: reduce) {{ .progress > span {{ transition: none; }} }}
 .figure svg {{ width: 100%; height: auto; display: block; color: var(--body-text-color); }}
 .figure {{ overflow-x: auto; }}
-table.plain {{ border: 0 !important; border-collapse: collapse; width: 100%; margin: 0; font-variant-numeric: tabular-nums; }}
+table.plain {{ border: 0 !important; border-collapse: collapse; width: 100%; margin: 0;
+  font-variant-numeric: tabular-nums; }}
 table.plain :is(thead, tbody, tr) {{ border: 0 !important; }}
 table.plain :is(th, td) {{ text-align: right; padding: .35rem .6rem; border: 0 !important;
   border-bottom: 1px solid var(--border-color-primary) !important; }}
 table.plain :is(th, td):first-child {{ text-align: left; }}
 table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600; font-size: .85rem; }}
 .scroll-x {{ overflow-x: auto; }}
-.pane-base .label-wrap, .pane-base {{ border-top: 3px solid var(--base) !important; }}
+.pane-base {{ border-top: 3px solid var(--base) !important; }}
 .pane-adapter, .pane-merged {{ border-top: 3px solid var(--adapted) !important; }}
-.engine textarea, .engine {{ font-size: .8rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }}
+.engine textarea {{ font-size: .8rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }}
 """
 
 

@@ -56,7 +56,10 @@ def main(argv: list[str] | None = None) -> int:
             writer.write(Finished(step=0, reason="stopped", peak_memory_bytes=0))
         except Exception as error:
             log.exception("The run failed.")
-            writer.write(Failed(_explain(error, run)))
+            try:
+                writer.write(Failed(_explain(error, run)))
+            except OSError:
+                log.exception("That could not be written to the event log either.")
             return 1
         finally:
             writer.close()

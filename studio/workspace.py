@@ -24,14 +24,15 @@ class Workspace:
         Raises:
             LoRAError: `root` is not a folder that can be written.
         """
-        self.root = Path(root).expanduser().resolve()
-        self.runs, self.uploads, self.cache = (self.root / name for name in ("runs", "uploads", "cache"))
         try:
+            self.root = Path(root).expanduser().resolve()
+            self.runs, self.uploads, self.cache = (self.root / name for name in ("runs", "uploads", "cache"))
             for folder in (self.runs, self.uploads, self.cache):
                 folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: the home of somebody unknown
+            reason = error.strerror if isinstance(error, OSError) else error
             raise LoRAError(
-                f"`--workspace` (={str(self.root)!r}) must be a folder that can be written ({error.strerror}); "
+                f"`--workspace` (={str(root)!r}) must be a folder that can be written ({reason}); "
                 "name another one, or free some space."
             ) from error
 

@@ -41,7 +41,8 @@ def prompt(run: Run, text: str) -> list[dict[str, str]] | str:
     spec = run.spec.data
     if spec.layout == "text":
         return text
-    row = {"prompt": text.strip(), "messages": [{"role": "user", "content": text.strip()}]}
+    turns = [{"role": "user", "content": text.strip()}, {"role": "assistant", "content": "…"}]  # a row has an answer
+    row = {"prompt": text.strip(), "messages": turns}
     as_row = {"prompt": "prompt", "context": "", "completion": "", "messages": "messages", "text": ""}
     return data.prompt_messages(row, data.DataSpec.from_dict(spec.to_dict() | as_row))
 

@@ -58,7 +58,8 @@ def preview(table: Table) -> tuple[list[str], list[list[str]]]:
 
 
 def _cell(value: Any) -> str:
-    text = "" if value is None else str(value)
+    # Half a surrogate pair, which JSON can hold, cannot be sent to a page.
+    text = "" if value is None else str(value).encode(errors="replace").decode()
     return text if len(text) <= CELL_LIMIT else text[: CELL_LIMIT - 1] + "…"
 
 
@@ -171,9 +172,9 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
 
     def check_all(chosen_model: str, longest: Any, *values: Any) -> str:
         spec = parse(form, list(values))
-        prepared = data.prepare(
-            spec, studio.tokenizer(chosen_model), max_length=int(longest), seed=0, workspace=studio.workspace
-        )
+        longest = TrainConfig(max_length=longest).max_length
+        tokenizer = studio.tokenizer(chosen_model)
+        prepared = data.prepare(spec, tokenizer, max_length=longest, seed=0, workspace=studio.workspace)
         return theme.said(prepared.report.sentences(), "warn" if prepared.report.skipped else "")
 
     def show_columns(kind_of_row: str) -> list[Any]:

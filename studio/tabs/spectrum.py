@@ -5,10 +5,9 @@ from typing import Any
 import gradio as gr
 
 from core import Amplification, Spectrum, amplification, random_sigma
-from studio import figures, models, theme
+from studio import models, theme
 from studio.runs import Run
 from studio.state import Studio
-from studio.svg import to_svg
 
 QUANTITIES = {
     "Effective rank": ("effective rank", lambda s: s.effective_rank),
@@ -20,9 +19,11 @@ QUANTITIES = {
 
 def overview(spectra: dict[str, Spectrum], quantity: str) -> str:
     """Returns the heat map layer × matrix of a quantity, as inline SVG."""
+    from studio import figures, svg  # matplotlib is not needed to serve the page
+
     unit, value = QUANTITIES[quantity]
     figure = figures.heat_figure({path: value(s) for path, s in spectra.items()}, title=quantity, unit=unit)
-    return _framed(to_svg(figure, f"{quantity} by layer and matrix"))
+    return _framed(svg.to_svg(figure, f"{quantity} by layer and matrix"))
 
 
 def summary(run: Run, spectra: dict[str, Spectrum]) -> str:
@@ -136,11 +137,13 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
     def show_bars(run: str, chosen: str | None, axis: str) -> tuple[str, str]:
         if spectra_of(run) is None or not chosen:
             return "", ""
+        from studio import figures, svg
+
         factors, found = studio.spectra(studio.runs.get(run))[chosen]
         figure = figures.sigma_figure(
             found.sigma.tolist(), random_sigma(factors).tolist(), log=axis == "log", title=chosen
         )
-        return _framed(to_svg(figure, f"Singular values of ΔW in {chosen}")), matrix_facts(found)
+        return _framed(svg.to_svg(figure, f"Singular values of ΔW in {chosen}")), matrix_facts(found)
 
     def show_table(run: str, chosen: str | None) -> str:
         if spectra_of(run) is None or not chosen:

@@ -10,13 +10,14 @@ from typing import Any
 import gradio as gr
 import pandas as pd
 
-from core import Failed, TrainConfig, settings
+from core import Failed, LoRAError, TrainConfig, settings
 from studio import theme
 from studio.forms import Form
 from studio.palette import ADAPTED, ADAPTED_SOFT
 from studio.runs import Run
 
 MAX_POINTS = 400
+STOP, STOPPING = "Stop and save", "Stopping after this step …"
 LOSS_COLORS = {"training": ADAPTED_SOFT, "held-out rows": ADAPTED}
 
 
@@ -41,14 +42,19 @@ def view(run: Run | None) -> list[Any]:
     """Returns what the tab's `outputs` show of a run."""
     if run is None:
         empty = theme.said("No run yet. Pick a model and data, then press Start training; the loss appears here.")
-        return [empty, *(frame([], c) for c in ("loss", *SMALL)), "", gr.Button(interactive=False)]
-    status = run.status
-    log = run.log
+        return [empty, *(None for _ in ("loss", *SMALL)), "", gr.Button(STOP, interactive=False)]
+    try:
+        status, log, _ = run.status, run.log, run.spec
+    except LoRAError as error:  # damaged files: said here at every look, not as an alarm
+        words = theme.said(str(error), "error")
+        return [words, *(None for _ in ("loss", *SMALL)), run.log_tail(), gr.Button(STOP, interactive=False)]
     train_rows = [(s.step, s.loss, "training") for s in log.steps]
     eval_rows = [(e.step, e.loss, "held-out rows") for e in log.evaluations]
     loss = frame(thin(train_rows) + eval_rows, "loss")
     small = [frame(thin([(s.step, value(s)) for s in log.steps]), column) for column, (_, value) in SMALL.items()]
-    return [status_view(run, status), loss, *small, run.log_tail(), gr.Button(interactive=status == "running")]
+    stopping = status == "running" and run.stop_asked
+    stop = gr.Button(STOPPING if stopping else STOP, interactive=status == "running" and not stopping)
+    return [status_view(run, status), loss, *small, run.log_tail(), stop]
 
 
 SMALL: dict[str, tuple[str, Callable[[Any], float]]] = {
@@ -77,7 +83,9 @@ def thin(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     stretch = math.ceil(2 * len(rows) / MAX_POINTS)
     kept = []
     for start in range(0, len(rows), stretch):
-        part = rows[start : start + stretch]
+        part = [row for row in rows[start : start + stretch] if math.isfinite(row[1])]
+        if not part:
+            continue
         ends = {min(part, key=lambda r: r[1]), max(part, key=lambda r: r[1])}
         kept += sorted(ends, key=lambda r: r[0])
     return kept
@@ -110,7 +118,7 @@ def status_view(run: Run, status: str) -> str:
         parts.append(theme.said("The worker ended without a word (killed, or the machine went down).", "warn"))
     elif status == "running" and not log.steps:
         parts.append(theme.said((log.notes[-1].message if log.notes else "Starting the worker") + " …"))
-    elif status in ("finished", "stopped"):
+    elif status in ("finished", "stopped") and run.has_adapter:
         parts.append(theme.said("The adapter is saved. Look at its spectrum, or chat with it."))
     return "".join(parts)
 
@@ -159,7 +167,7 @@ def build() -> TrainTab:
             )  # stands in Data
             with gr.Row():
                 start = gr.Button("Start training", variant="primary", elem_id="start")
-                stop = gr.Button("Stop and save", interactive=False, elem_id="stop")
+                stop = gr.Button(STOP, interactive=False, elem_id="stop")
         with gr.Column(scale=7, min_width=320):
             status = gr.HTML(elem_id="status")
             loss = gr.LinePlot(

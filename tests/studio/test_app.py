@@ -1,0 +1,532 @@
+"""The page as a whole: it is built over any workspace, its parts are wired to each other, and errors are sentences."""
+
+import asyncio
+import dataclasses
+import html
+import inspect
+import shutil
+import types
+import zipfile
+
+import gradio as gr
+import pytest
+import torch
+from gradio.helpers import special_args
+
+from core import Adapter, LoRAConfig, LoRAError, Started, Step, TrainConfig, amplification, inject, lora_layers, plan
+from studio import app, jobs, models
+from studio.data import DataSpec, prompt_ids
+from studio.runs import EventWriter, Run, RunSpec
+from studio.state import Studio
+from studio.tabs import chat as chat_tab
+from studio.workspace import Workspace
+
+STARTED = Started(60, 384, 10_000, "cpu", "float32", "resident memory of the process")
+STEP = Step(1, 1.5, 1e-3, 0.25, num_tokens=120, num_trained_tokens=80, step_seconds=0.5, memory_bytes=2 * 10**9)
+
+
+def build(studio: Studio) -> gr.Blocks:
+    async def built() -> gr.Blocks:  # outside of a running loop, gr.Blocks leaves one behind that nobody closes
+        return app.build(studio)
+
+    return asyncio.run(built())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Studio, gr.Blocks]:
+    studio = Studio(Workspace(tmp_path_factory.mktemp("empty")))
+    return studio, build(studio)
+
+
+@pytest.fixture
+def studio(built, workspace) -> Studio:
+    """As after a start with an empty workspace; the page, which takes long to build, is built once."""
+    built[0].__init__(workspace)
+    return built[0]
+
+
+@pytest.fixture
+def page(built, studio) -> gr.Blocks:
+    return built[1]
+
+
+def events(page: gr.Blocks, name: str) -> list:
+    found = [event for event in page.fns.values() if getattr(event.fn, "__name__", None) == name]
+    assert found, name
+    return found
+
+
+def handler(page: gr.Blocks, name: str, elem_id: str | None = None):
+    """The handler of that name; where there are several, the one that fills the component of that id."""
+    (only,) = {e.fn for e in events(page, name) if elem_id is None or elem_id in [o.elem_id for o in e.outputs]}
+    return only
+
+
+def update(component) -> dict:
+    """What a component that a handler returns changes on the page."""
+    return component._constructor_args[0]
+
+
+@pytest.fixture
+def damage(write_run):
+    """Spoils a run; called before the page is built."""
+
+    def spoil(what: str) -> Run:
+        run = write_run([STARTED], RunSpec(name="Zebra"))
+        (run.folder / what).write_text("{\n")
+        return run
+
+    return spoil
+
+
+# Building
+
+
+def test_the_page_has_the_six_tabs_in_order_and_the_head(page):
+    titles = [b.label for b in page.blocks.values() if isinstance(b, gr.Tab)]
+    assert titles == ["Model", "Data", "Train", "Spectrum", "Chat", "Runs"]
+    ids = [b.elem_id for b in page.blocks.values() if b.elem_id]
+    assert len(ids) == len(set(ids))
+    assert {"head", "run", "start", "stop", "preview", "tokens", "heat", "runs-table"} <= set(ids)
+
+
+@pytest.mark.parametrize("what", ["events.jsonl", "spec.json"])
+def test_a_damaged_run_hinders_neither_the_page_nor_its_lists(what, damage, studio):
+    damaged = damage(what)
+    page = build(studio)
+    chosen = handler(page, "opened", "run")(types.SimpleNamespace(query_params={}))
+    assert update(chosen)["choices"] == [(f"{damaged.id} · damaged", damaged.id)]
+    table, ids = handler(page, "fill")()
+    assert table["data"][0][:2] == [damaged.id, "damaged"] and ids == [damaged.id]
+    assert "nothing is training" in app.head_view(studio)
+
+
+@pytest.mark.parametrize("what", ["events.jsonl", "spec.json"])
+def test_a_page_that_shows_a_damaged_run_does_not_complain_at_every_tick(what, damage, studio):
+    run = damage(what)
+    tick = handler(build(studio), "tick")
+    *_, token = tick(run.id, "")
+    tick(run.id, token)
+
+
+def test_nothing_of_the_page_is_open_to_other_programs_by_name(page):
+    assert {event.api_visibility for event in page.fns.values()} == {"private"}
+
+
+def test_tables_show_text_and_no_markup(page):
+    tables = [b for b in page.blocks.values() if isinstance(b, gr.Dataframe)]
+    assert {t.elem_id for t in tables} == {"preview", "runs-table"}
+    assert all(t.datatype == "str" and not t.interactive for t in tables)
+
+
+# Guarded handlers
+
+
+def fail(error: Exception):
+    def handler():
+        raise error
+
+    return handler
+
+
+def test_a_foreseen_error_is_shown_as_it_stands_but_never_as_markup(studio):
+    message = "`x` (='<b>&') must be \"2\"."
+    with pytest.raises(gr.Error) as shown:
+        studio.guard(fail(LoRAError(message)))()
+    assert html.unescape(shown.value.message) == message
+    assert "<" not in shown.value.message
+    assert shown.value.print_exception is False
+
+
+def test_any_other_error_is_one_sentence_and_its_traceback_in_the_log(studio, caplog):
+    with pytest.raises(gr.Error) as shown:
+        studio.guard(fail(KeyError("<secret>")))()
+    assert shown.value.message == (
+        f"Something went wrong that was not foreseen (KeyError); see {html.escape(str(studio.log_file))}."
+    )
+    (record,) = caplog.records
+    assert record.name == "studio" and record.exc_info[0] is KeyError
+    assert "Traceback (most recent call last):" in caplog.text and "<secret>" in caplog.text
+
+
+def test_an_error_made_for_the_page_goes_through_as_it_is(studio, caplog):
+    error = gr.Error("<b>said</b>")
+    with pytest.raises(gr.Error) as shown:
+        studio.guard(fail(error))()
+    assert shown.value is error and not caplog.records
+
+
+def test_a_stream_is_guarded_and_what_came_before_the_error_is_kept(studio):
+    def stream(number):
+        yield number
+        yield number + 1
+        raise LoRAError("<no more>")
+
+    guarded = studio.guard(stream)
+    assert inspect.isgeneratorfunction(guarded)
+    seen = []
+    with pytest.raises(gr.Error, match="&lt;no more&gt;"):
+        for number in guarded(1):
+            seen.append(number)
+    assert seen == [1, 2]
+
+
+def test_a_guarded_handler_gives_back_what_it_did_and_still_gets_gradio_s_request(studio):
+    def asked(name: str, request: gr.Request) -> tuple:
+        return name, request
+
+    guarded = studio.guard(asked)
+    request = types.SimpleNamespace()
+    inputs, *_ = special_args(guarded, inputs=["x"], request=request)
+    assert guarded(*inputs) == ("x", request)
+
+
+# The header and the run that is shown
+
+
+def test_a_page_opens_at_the_run_asked_for_else_at_the_running_else_at_the_newest(page, write_run, hold):
+    def opened(**query) -> str | None:
+        return update(handler(page, "opened", "run")(types.SimpleNamespace(query_params=query)))["value"]
+
+    assert opened() is None
+    runs = sorted((write_run([STARTED]) for _ in range(3)), key=lambda run: run.id)
+    assert opened() == runs[2].id
+    hold(runs[0])
+    assert opened() == runs[0].id
+    assert opened(run=runs[1].id) == runs[1].id
+    assert opened(run="../x") == runs[0].id
+
+
+def test_a_tick_sends_something_only_when_something_is_new(page, studio, write_run):
+    tick = handler(page, "tick")
+    run = write_run([STARTED])
+    *shown, token = tick(run.id, "")
+    assert "interrupted" in shown[1]
+    assert all(part == gr.skip() for part in tick(run.id, token))
+    writer = EventWriter(run)
+    writer.write(STEP)
+    writer.close()
+    *shown, newer = tick(run.id, token)
+    assert newer != token
+    assert shown[2]["loss"].tolist() == [1.5]
+    studio.runs.delete(studio.runs.get(run.id))
+    *shown, _ = tick(run.id, newer)
+    assert "No run yet" in shown[1]
+
+
+def test_the_head_tells_what_is_training_as_text(studio, write_run, hold):
+    run = write_run([STARTED, STEP], RunSpec(name="<b>Inns</b>", train=TrainConfig(steps=9)))
+    assert "nothing is training" in app.head_view(studio)
+    hold(run)
+    assert "training “&lt;b&gt;Inns&lt;/b&gt;”, step 1 of 9" in app.head_view(studio)
+
+
+# Start and stop
+
+
+@pytest.fixture
+def begin(page, tiny_folder, tiny_data, monkeypatch):
+    """begin(**changes): presses Start with all tabs as they open, on the tiny model; returns the spec that was started.
+
+    Changes go by the components' ids, an underscore for a dash.
+    """
+    started = []
+
+    def start(runs, spec):
+        started.append(runs.create(spec))
+        return started[-1]
+
+    monkeypatch.setattr(jobs, "start", start)
+    (event,) = events(page, "begin")
+    states = {"starter": str(tiny_folder), "": tiny_data.source}
+
+    def press(**changes) -> RunSpec:
+        changes = {"column_prompt": "facts", "column_completion": "text"} | changes
+        names = [(c.elem_id or "").removeprefix("setting-").replace("-", "_") for c in event.inputs]
+        assert changes.keys() <= set(names)
+        values = [states[c.value] if isinstance(c, gr.State) else c.value for c in event.inputs]
+        chosen = event.fn(*(changes.get(name, value) for name, value in zip(names, values, strict=True)))
+        assert update(chosen)["value"] == started[-1].id
+        return started[-1].spec
+
+    return press
+
+
+def test_start_makes_a_run_of_what_all_tabs_say(begin, tiny_folder, tiny_data):
+    untouched = begin()
+    assert untouched == RunSpec(
+        name="My first adapter",
+        model=str(tiny_folder),
+        data=dataclasses.replace(tiny_data, instruction=""),
+        lora=LoRAConfig(),
+        train=TrainConfig(),
+    )
+    changed = begin(
+        run_name="  ",
+        r=4,
+        dropout=0.1,
+        preset="My own choice",
+        matrices=["self_attn.q_proj"],
+        instruction="Describe it.",
+        eval_fraction=0.25,
+        max_length=99,
+        steps=7,
+        seed=3,
+        schedule="cosine",
+    )
+    assert changed == RunSpec(
+        name="Untitled",
+        model=str(tiny_folder),
+        data=dataclasses.replace(tiny_data, eval_fraction=0.25),
+        lora=LoRAConfig(r=4, dropout=0.1, target_modules=("self_attn.q_proj",)),
+        train=TrainConfig(steps=7, seed=3, schedule="cosine", max_length=99),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"r": 17}, "`r` (=17) must be at most 16 to fit"),
+        ({"r": None}, "`r` (=None) must be a whole number."),
+        ({"max_length": None}, "`max_length` (=None) must be a whole number."),
+        ({"steps": 0, "warmup_steps": 0}, "`steps` (=0) must be at least 1."),
+        ({"column_prompt": "question"}, "`prompt` (='question') must be a column of inns.jsonl; it has"),
+        ({"preset": "My own choice", "matrices": []}, "`target_modules` (=nothing) must name at least one matrix"),
+        ({"rank_pattern": "{"}, "`rank_pattern` (='{') must be a table like"),
+    ],
+)
+def test_start_refuses_what_cannot_be_before_a_run_is_made(changes, sentence, begin, workspace):
+    with pytest.raises(gr.Error) as shown:
+        begin(**changes)
+    assert html.unescape(shown.value.message).startswith(sentence)
+    assert list(workspace.runs.iterdir()) == []
+
+
+def test_stop_asks_the_run_that_is_shown(page, write_run):
+    shown, other = write_run([STARTED]), write_run([STARTED])
+    stop = handler(page, "stop")
+    assert update(stop(shown.id))["interactive"] is False
+    assert (shown.stop_asked, other.stop_asked) == (True, False)
+    stop(None)
+
+
+# A run with an adapter, in Spectrum, Chat and Runs
+
+
+@pytest.fixture
+def trained(write_run, studio, tiny_folder, tiny_data) -> Run:
+    model = models.load_model(str(tiny_folder), studio.workspace)
+    config = LoRAConfig(r=2, target_modules=("q_proj", "down_proj"))
+    inject(model, config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(0.3 * torch.randn(layer.lora_B.shape, generator=generator))
+    spec = RunSpec("Inns", str(tiny_folder), tiny_data, config, TrainConfig(device="cpu", precision="fp32"))
+    run = write_run([STARTED, STEP], spec)
+    Adapter.from_model(model, base_model=spec.model).save(run.adapter_folder)
+    return run
+
+
+def test_the_spectrum_tab_shows_the_adapter_s_own_numbers(page, trained, studio, tiny_folder):
+    adapter = Adapter.load(trained.adapter_folder)
+    facts, heat, module = handler(page, "show", "heat")(trained.id, "Size ‖ΔW‖", None)
+    loudest = max(adapter.factors, key=lambda path: float(adapter.factors[path].delta_weight().norm()))
+    assert loudest in facts and "<svg" in heat
+    assert (update(module)["choices"], update(module)["value"]) == (list(adapter.factors), loudest)
+    bars, about = handler(page, "show_bars")(trained.id, loudest, "log")
+    assert "<svg" in bars and "Effective rank" in about
+    weight = models.load_model(str(tiny_folder), studio.workspace).get_submodule(loudest).weight
+    expected = amplification(adapter.factors[loudest], weight.detach())
+    assert f"<td>{expected.projected_norm:.3f}</td>" in handler(page, "show_table")(trained.id, loudest)
+
+
+def test_the_spectrum_tab_without_an_adapter_says_what_to_do(page, write_run):
+    for run in ("", write_run([STARTED]).id):
+        facts, heat, module = handler(page, "show", "heat")(run, "Effective rank", "x")
+        assert "Train one" in facts and heat == "" and update(module)["choices"] == []
+        assert handler(page, "show_table")(run, "x") == ""
+
+
+def test_chat_streams_to_the_panes_that_are_ticked_what_the_engine_says(page, trained, studio, tiny_folder):
+    answer = handler(page, "answer")
+    first, *others = answer(trained.id, "name[Inn 3]", ["merged", "base"], 0.0, 0.95, 6, 0)
+    assert first == ["", "", "", "Loading the model …", "Not asked", "Loading the model …"]
+    assert len(others) == 6
+    base, adapter, merged, *engines = others[-1]
+    model = models.load_model(str(tiny_folder), studio.workspace)
+    tokenizer = studio.tokenizer(str(tiny_folder))
+    ids = torch.tensor([prompt_ids(chat_tab.prompt(trained, "name[Inn 3]"), tokenizer)])
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, eos_token_id=None
+        )
+    assert base == tokenizer.decode(out[0, ids.shape[1] :])
+    assert adapter == "" and merged not in ("", base)
+    assert [line.split(" ·")[0] for line in engines] == [
+        "adapter off (strength 0)",
+        "Not asked",
+        "W₀ + ΔW in 4 matrices, no LoRA layer",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("run", "text", "panes", "sentence"),
+    [
+        ("", "Hi", ["base"], "`run` (=nothing) must be one with an adapter; train one first, or open one in Runs."),
+        (None, "Hi", [], "`Panes` (=nothing) must hold at least one; tick base, adapter or merged."),
+        (None, " ", ["base"], "`Message` (=nothing) must not be empty; write one, or take an example."),
+        (None, "", ["base"], "`Message` (=nothing) must not be empty; write one, or take an example."),
+    ],
+)
+def test_chat_refuses_what_it_cannot_answer(run, text, panes, sentence, page, trained):
+    run = trained.id if run is None else run
+    with pytest.raises(gr.Error) as shown:
+        list(handler(page, "answer")(run, text, panes, 0.0, 0.95, 6, 0))
+    assert html.unescape(shown.value.message).startswith(sentence)
+
+
+def test_chat_with_a_run_that_has_no_adapter_yet_says_when_it_will(page, write_run, trained):
+    run = write_run([STARTED], dataclasses.replace(trained.spec, name="Early"))
+    with pytest.raises(
+        gr.Error, match="“Early” has no adapter yet; it is saved at the first evaluation and at the end"
+    ):
+        list(handler(page, "answer")(run.id, "Hi", ["base"], 0.0, 0.95, 6, 0))
+
+
+def test_the_adapter_s_zip_holds_what_peft_reads(page, trained, write_run):
+    with zipfile.ZipFile(handler(page, "pack")(trained.id)) as packed:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert packed.read(name) == (trained.adapter_folder / name).read_bytes()
+    with pytest.raises(gr.Error, match="has no adapter yet"):
+        handler(page, "pack")(write_run([STARTED]).id)
+
+
+def test_deleting_asks_first_then_shows_the_next_run(page, trained, write_run, hold):
+    other = write_run([STARTED], RunSpec(name="Other"))
+    question, words = handler(page, "ask")(trained.id)
+    assert update(question)["visible"] is True and "Delete “Inns”" in words and trained.folder.exists()
+    hidden, chosen, table, ids = handler(page, "remove")(trained.id)
+    assert update(hidden)["visible"] is False and update(chosen)["value"] == other.id
+    assert ids == [other.id] and [row[0] for row in table["data"]] == ["Other"]
+    assert not trained.folder.exists()
+    hold(other)
+    with pytest.raises(gr.Error, match="is still running; stop it before you delete it"):
+        handler(page, "remove")(other.id)
+
+
+def test_an_adapter_that_was_trained_on_is_read_anew(studio, trained):
+    before = studio.spectra(studio.runs.get(trained.id))
+    assert studio.spectra(studio.runs.get(trained.id)) is before
+    shutil.copytree(trained.adapter_folder, trained.folder / "copy")
+    adapter = Adapter.load(trained.folder / "copy")
+    louder = {p: dataclasses.replace(f, B=2 * f.B) for p, f in adapter.factors.items()}
+    dataclasses.replace(adapter, factors=louder).save(trained.adapter_folder)
+    after = studio.spectra(studio.runs.get(trained.id))
+    path = next(iter(louder))
+    assert after[path][1].norm == pytest.approx(2 * before[path][1].norm)
+
+
+# Data and Model
+
+
+def test_a_file_is_read_guessed_and_previewed(page, tmp_path, tiny_folder):
+    path = tmp_path / "quiz.csv"
+    path.write_text("number,question,answer\n" + "".join(f"{i},Why {i}?,Because <{i}>.\n" for i in range(24)))
+    source, summary, layout, *rest = events(page, "read")[0].fn(str(path), str(tiny_folder))
+    assert (source, layout) == (str(path), "pair")
+    assert "24 rows, columns number, question, answer." in summary
+    assert [update(c)["value"] for c in rest[:5]] == ["question", "(none)", "answer", "(none)", "(none)"]
+    assert rest[-1]["headers"] == ["number", "question", "answer"]
+    assert rest[-1]["data"][1] == ["1", "Why 1?", "Because <1>."] and len(rest[-1]["data"]) == 20
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(page, tmp_path, tiny_folder):
+    (tmp_path / "empty.csv").write_text("")
+    read = events(page, "read")[0].fn
+    with pytest.raises(gr.Error, match=r"`empty\.csv` is empty \(0 bytes\)"):
+        read(str(tmp_path / "empty.csv"), str(tiny_folder))
+
+
+@pytest.fixture
+def row_values(page, tiny_folder, tiny_data):
+    """What the inputs of `show_row` hold, by place, when the tiny data set is chosen."""
+    event = events(page, "show_row")[0]
+    values = [c.value for c in event.inputs]
+    names = [c.elem_id or type(c).__name__ for c in event.inputs]
+    values[0], values[names.index("State", 1)] = str(tiny_folder), tiny_data.source
+    values[names.index("column-prompt")], values[names.index("column-completion")] = "facts", "text"
+    return dict(zip([f"{i} {name}" for i, name in enumerate(names)], values, strict=True))
+
+
+def test_a_row_is_shown_as_the_model_sees_it_with_the_trained_tokens_marked(page, row_values):
+    marked, facts = handler(page, "show_row")(*row_values.values())
+    assert "".join(text for text, _ in marked) == (
+        "<|im_start|>user\nname[Inn 0], stars[0]<|im_end|>\n<|im_start|>assistant\nInn 0 has 0 stars.<|im_end|>\n"
+    )
+    trained = [text for text, mark in marked if mark == "trained"]
+    assert "".join(trained) == "Inn 0 has 0 stars.<|im_end|>"
+    assert f"{len(marked)} tokens, {len(trained)} of them trained." in facts
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"setting-max_length": 8}, "its answer begins at token"),
+        ({"setting-max_length": None}, "`max_length` (=None) must be a whole number."),
+        ({"column-completion": "answer"}, "`completion` (='answer') must be a column of inns.jsonl"),
+    ],
+)
+def test_a_row_that_cannot_be_shown_is_said_in_its_place(changes, sentence, page, row_values):
+    for name, value in changes.items():
+        (key,) = [k for k in row_values if k.endswith(f" {name}")]
+        row_values[key] = value
+    marked, words = handler(page, "show_row")(*row_values.values())
+    assert marked is None and 'class="said error"' in words and sentence in html.unescape(words)
+
+
+def test_checking_all_rows_with_an_emptied_length_names_it(page, row_values):
+    values = [v for k, v in row_values.items() if not k.endswith(" Slider")]
+    values[1] = None
+    with pytest.raises(gr.Error, match="max_length"):
+        handler(page, "check_all")(*values)
+
+
+def test_checking_all_rows_reports_them(page, row_values):
+    values = [v for k, v in row_values.items() if not k.endswith(" Slider")]
+    assert "24 rows: 22 to train on, 2 held out." in handler(page, "check_all")(*values)
+
+
+def test_a_look_at_a_model_offers_the_matrices_that_it_has(page, studio, tiny_folder):
+    look_at = events(page, "look_at")[0].fn
+    model, facts, preset, names = look_at("Folder", f"  {tiny_folder} ")
+    assert model == str(tiny_folder) and "2 × 32" in facts
+    titles = update(preset)["choices"]
+    assert titles == ["Query and value (the paper)", "All attention", "All linear", "My own choice"]
+    offered = update(names)["choices"]
+    assert ("self_attn.k_proj · 16 × 32 · 2×", "self_attn.k_proj") in offered
+    take = handler(page, "take_preset")
+    skeleton = studio.skeleton(model)
+    for title, count in (("Query and value (the paper)", 4), ("All attention", 8), ("All linear", 14)):
+        chosen = take(model, title)
+        assert len(plan(skeleton, LoRAConfig(target_modules=tuple(chosen))).targets) == count
+        assert set(chosen) <= {name for _, name in offered}
+    with pytest.raises(gr.Error, match="`Folder` must not be empty; write one, or take the starter"):
+        look_at("Folder", " ")
+    with pytest.raises(gr.Error, match=r"`model` \(=.*/no/such"):
+        look_at("Folder", "/no/such")
+
+
+def test_reading_from_the_hub_without_a_name_says_how_it_looks(page):
+    (press,) = [
+        e.fn for e in page.fns.values() if [c.label for c in e.inputs][:1] == ["Hub id"] and len(e.outputs) > 10
+    ]
+    with pytest.raises(gr.Error, match="must look like hub:owner/name"):
+        press("", "starter")
+
+
+def test_data_specs_of_the_page_begin_as_declared(page):
+    (event,) = events(page, "begin")
+    by_id = {c.elem_id: c.value for c in event.inputs if c.elem_id}
+    for name in ("template", "train_on", "eval_fraction", "max_eval_rows"):
+        assert by_id[f"setting-{name}"] == getattr(DataSpec(), name)

@@ -1,0 +1,384 @@
+"""Chat: each pane generates what transformers and PEFT would, and says truly what it runs."""
+
+import copy
+import threading
+
+import pytest
+import torch
+
+from core import Adapter, AdapterFileError, LoRAConfig, LoRAError, inject, lora_layers, merge, unmerge
+from studio import models
+from studio.chat import PANES, Answer, ChatSettings, Engine, choose, describe
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT
+
+PROMPT = [1, 40, 70, 99, 12, 201, 33, 2]
+LENGTH = 12
+NO_END = frozenset[int]()
+GREEDY = ChatSettings(max_new_tokens=LENGTH)
+MERGED_TOLERANCE = 1e-4
+"""On logits of size 10 in float32: W0·x + ΔW·x is rounded otherwise than (W0 + ΔW)·x, no more."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_folder, tmp_path_factory):
+    from studio.workspace import Workspace
+
+    return models.load_model(str(tiny_folder), Workspace(tmp_path_factory.mktemp("workspace")))
+
+
+@pytest.fixture
+def base(loaded):
+    """A copy of the tiny Llama that an engine may own."""
+    return copy.deepcopy(loaded)
+
+
+def make_adapter(model, config: LoRAConfig, size: float) -> Adapter:
+    """An adapter whose B is `size` times a normal number: as if trained, where `size` is not 0."""
+    model = copy.deepcopy(model)
+    inject(model, config, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(size * torch.randn(layer.lora_B.shape, generator=generator))
+    return Adapter.from_model(model)
+
+
+@pytest.fixture(scope="module")
+def adapter(loaded) -> Adapter:
+    return make_adapter(loaded, LoRAConfig(r=4, target_modules=("q_proj", "v_proj", "up_proj")), 0.2)
+
+
+@pytest.fixture
+def engine(base, adapter) -> Engine:
+    return Engine(base, adapter, NO_END)
+
+
+def ask(engine: Engine, pane: str, settings: ChatSettings = GREEDY, prompt: list[int] = PROMPT) -> tuple[int, ...]:
+    *_, last = engine.answer(pane, prompt, settings)
+    return last.token_ids
+
+
+def generate(model, **options) -> tuple[int, ...]:
+    """What transformers itself answers, greedily, without the prompt."""
+    options = {"max_new_tokens": LENGTH, "eos_token_id": None, "pad_token_id": 0} | options
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
+    return tuple(out[0, len(PROMPT) :].tolist())
+
+
+@pytest.fixture
+def peft_model(loaded, adapter, tmp_path):
+    from peft import PeftModel
+
+    adapter.save(tmp_path / "adapter")
+    return PeftModel.from_pretrained(copy.deepcopy(loaded), str(tmp_path / "adapter")).eval()
+
+
+# What the panes compute
+
+
+def test_the_base_pane_answers_as_transformers_does(engine, loaded):
+    assert ask(engine, "base") == generate(loaded)
+
+
+def test_the_adapter_pane_answers_as_peft_does_and_not_as_the_base(engine, peft_model, loaded):
+    answer = ask(engine, "adapter")
+    assert answer == generate(peft_model)
+    assert answer != generate(loaded)
+
+
+def test_the_merged_pane_answers_as_peft_s_merged_model_does(engine, peft_model):
+    assert ask(engine, "merged") == generate(peft_model.merge_and_unload())
+
+
+@pytest.mark.parametrize("pane", PANES)
+def test_an_engine_without_adapter_answers_as_base_only(pane, base, loaded):
+    engine = Engine(base, None, NO_END)
+    if pane == "base":
+        assert ask(engine, pane) == generate(loaded)
+    else:
+        with pytest.raises(LoRAError, match=rf"`pane` \(='{pane}'\) must have an adapter to run; open a run that has"):
+            ask(engine, pane)
+        with pytest.raises(LoRAError, match="must have an adapter to run"):
+            engine.logits(pane, torch.tensor([PROMPT]))
+
+
+def test_logits_of_merged_and_unmerged_agree_and_differ_from_the_base(engine, loaded, peft_model):
+    ids = torch.randint(3, 290, (2, 20), generator=torch.Generator().manual_seed(3))
+    by_pane = {pane: engine.logits(pane, ids) for pane in PANES}
+    with torch.inference_mode():
+        assert torch.equal(by_pane["base"], loaded(ids).logits)
+        torch.testing.assert_close(by_pane["adapter"], peft_model(ids).logits, rtol=0, atol=MERGED_TOLERANCE)
+    assert (by_pane["merged"] - by_pane["adapter"]).abs().max() < MERGED_TOLERANCE
+    assert (by_pane["adapter"] - by_pane["base"]).abs().max() > 1_000 * MERGED_TOLERANCE
+
+
+def test_the_merged_twin_shares_what_the_adapter_does_not_change(engine, base, adapter):
+    ask(engine, "merged")
+    twin = engine._twin
+    assert not lora_layers(twin)
+    own = dict(base.named_parameters())
+    changed = {name for name, p in twin.named_parameters() if own.get(name) is not p}
+    assert changed == {f"{path}.weight" for path in adapter.factors}
+
+
+def test_asking_leaves_every_weight_as_it_was(engine, base, loaded):
+    for pane in PANES:
+        ask(engine, pane, ChatSettings(max_new_tokens=3, temperature=1.0))
+    base_weights = {name.replace(".base_layer", ""): p for name, p in base.named_parameters() if "lora_" not in name}
+    assert base_weights.keys() == dict(loaded.named_parameters()).keys()
+    assert all(torch.equal(base_weights[name], p) for name, p in loaded.named_parameters())
+
+
+# The stream
+
+
+@pytest.mark.parametrize("pane", PANES)
+def test_an_answer_grows_by_one_token_until_its_longest(pane, engine):
+    answers = list(engine.answer(pane, PROMPT, GREEDY))
+    assert [len(a.token_ids) for a in answers] == list(range(1, LENGTH + 1))
+    assert [a.done for a in answers] == [False] * (LENGTH - 1) + [True]
+    for before, after in zip(answers, answers[1:], strict=False):
+        assert after.token_ids[:-1] == before.token_ids
+
+
+@pytest.mark.parametrize("place", [0, 4, LENGTH - 1])
+def test_an_end_token_ends_the_answer_and_is_not_part_of_it(place, base, loaded):
+    whole = generate(loaded)
+    end = whole[place]
+    *_, last = Engine(base, None, frozenset({end, 2})).answer("base", PROMPT, GREEDY)
+    assert last.done
+    assert last.token_ids == whole[: whole.index(end)]
+
+
+def test_speed_is_told_once_there_are_two_tokens(engine):
+    first, *others = engine.answer("base", PROMPT, GREEDY)
+    assert first.tokens_per_second == 0
+    assert first.first_token_seconds > 0
+    assert all(a.tokens_per_second > 0 and a.first_token_seconds == first.first_token_seconds for a in others)
+
+
+def test_all_panes_go_in_step_and_each_answers_as_alone(engine):
+    alone = {pane: ask(engine, pane) for pane in PANES}
+    together = list(engine.answer_all(PANES, PROMPT, GREEDY))
+    assert len(together) == LENGTH
+    for number, answers in enumerate(together, start=1):
+        assert {pane: a.token_ids for pane, a in answers.items()} == {p: alone[p][:number] for p in PANES}
+    assert all(answer.done for answer in together[-1].values())
+
+
+def test_a_pane_that_has_ended_stands_while_the_others_go_on(base, adapter, loaded, peft_model):
+    ours, theirs = generate(loaded), generate(peft_model)
+    end = next(token for token in ours[:6] if token not in theirs)
+    together = list(Engine(base, adapter, frozenset({end})).answer_all(("base", "adapter"), PROMPT, GREEDY))
+    assert together[-1]["base"].token_ids == ours[: ours.index(end)]
+    assert together[-1]["adapter"].token_ids == theirs
+    assert len(together) == LENGTH
+
+
+def test_an_answer_that_is_left_in_the_middle_disturbs_no_other(engine):
+    whole = ask(engine, "adapter")
+    for _ in engine.answer("base", PROMPT, GREEDY):
+        break
+    assert ask(engine, "adapter") == whole
+
+
+def test_two_people_may_ask_at_once(engine):
+    alone = {pane: ask(engine, pane) for pane in ("base", "adapter")}
+    found: dict[str, set[tuple[int, ...]]] = {"base": set(), "adapter": set()}
+
+    def ask_often(pane: str) -> None:
+        for _ in range(10):
+            found[pane].add(ask(engine, pane))
+
+    threads = [threading.Thread(target=ask_often, args=(pane,)) for pane in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {pane: {answer} for pane, answer in alone.items()}
+
+
+def test_one_thread_is_used_while_something_else_is_busy_on_the_cores(base, adapter):
+    torch.set_num_threads(2)
+    try:
+        engine = Engine(base, adapter, NO_END, is_cpu_shared=iter((True, False)).__next__)  # asked once an answer
+        used = []
+        for _ in range(2):
+            for _ in engine.answer("base", PROMPT, ChatSettings(max_new_tokens=2)):
+                used.append(torch.get_num_threads())
+        assert used == [1, 1, 2, 2]
+    finally:
+        torch.set_num_threads(1)
+
+
+# How tokens are chosen
+
+
+def hot(**changes) -> ChatSettings:
+    return ChatSettings(**{"max_new_tokens": LENGTH, "temperature": 1.0, "top_p": 1.0} | changes)
+
+
+@pytest.mark.parametrize("pane", PANES)
+def test_the_same_seed_gives_the_same_answer_and_others_give_others(pane, engine):
+    assert ask(engine, pane, hot(seed=3)) == ask(engine, pane, hot(seed=3))
+    assert len({ask(engine, pane, hot(seed=seed)) for seed in range(5)}) == 5
+
+
+def test_the_same_seed_draws_alike_in_every_pane(base, loaded):
+    engine = Engine(base, make_adapter(loaded, LoRAConfig(r=2), 0.0), NO_END)  # ΔW = 0: all panes are the base
+    *_, last = engine.answer_all(PANES, PROMPT, hot(seed=4))
+    assert len({answer.token_ids for answer in last.values()}) == 1
+
+
+def test_drawing_does_not_touch_the_process_s_own_random_numbers(engine):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    ask(engine, "adapter", hot())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_tiny_top_p_takes_the_likeliest_token_at_any_temperature(engine):
+    for heat in (0.5, 1.0, 5.0):
+        assert ask(engine, "adapter", hot(temperature=heat, top_p=1e-9)) == ask(engine, "adapter")
+
+
+def test_a_low_temperature_comes_to_the_likeliest_tokens(engine):
+    assert ask(engine, "base", hot(temperature=1e-3)) == ask(engine, "base")
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.5, 0.9, 1.0])
+def test_top_p_draws_from_the_tokens_that_transformers_keeps(top_p):
+    from transformers import TopPLogitsWarper
+
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(8, generator=generator)
+    kept = TopPLogitsWarper(top_p)(None, logits[None])[0] if top_p < 1 else logits
+    drawn = [choose(logits, hot(top_p=top_p), generator) for _ in range(2_000)]
+    share = torch.bincount(torch.tensor(drawn), minlength=8) / len(drawn)
+    expected = kept.softmax(-1)
+    assert torch.equal(share[expected == 0], torch.zeros(int((expected == 0).sum())))
+    assert (share - expected).abs().max() < 0.04  # over three standard deviations of 2000 draws
+
+
+def test_temperature_divides_the_logits():
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    pairs = [(torch.Generator().manual_seed(s), torch.Generator().manual_seed(s)) for s in range(50)]
+    warm = [choose(logits, hot(temperature=2.0), a) for a, _ in pairs]
+    assert warm == [choose(logits / 2, hot(), b) for _, b in pairs]
+    assert warm != [choose(logits, hot(), torch.Generator().manual_seed(s)) for s in range(50)]
+
+
+# What the panes say of themselves
+
+
+def engine_of(engine: Engine, pane: str) -> str:
+    return next(engine.answer(pane, PROMPT, GREEDY)).engine
+
+
+def test_each_pane_says_what_it_runs(engine):
+    assert engine_of(engine, "base") == "adapter off (strength 0) · float32"
+    assert engine_of(engine, "adapter") == "adapter unmerged on 6 matrices, strength 1 · float32"
+    assert engine_of(engine, "merged") == "W₀ + ΔW in 6 matrices, no LoRA layer · float32"
+
+
+def test_without_an_adapter_it_says_so_and_names_the_type(base):
+    assert engine_of(Engine(base.bfloat16(), None, NO_END), "base") == "no adapter · bfloat16"
+
+
+def test_a_merge_by_hand_is_told_and_an_honest_base_refused(engine, base):
+    expected = ask(engine, "adapter")
+    merge(base)
+    assert engine_of(engine, "adapter") == "6 of 6 LoRA layers merged · float32"
+    assert ask(engine, "adapter") == expected
+    with pytest.raises(
+        LoRAError, match=r"`strength` \(=0\.0\) must not change while the layer is merged; call unmerge"
+    ):
+        engine_of(engine, "base")
+    with pytest.raises(LoRAError, match=r"`model` must be adapted and unmerged to be copied merged"):
+        engine_of(engine, "merged")
+    unmerge(base)
+    next(iter(lora_layers(base).values())).merge()
+    assert engine_of(engine, "adapter") == "1 of 6 LoRA layers merged · float32"
+
+
+def test_strengths_are_told_as_they_stand_in_the_layers(engine, base):
+    first, *others = lora_layers(base).values()
+    for layer in others:
+        layer.strength = 0.5
+    assert describe(base, base) == "adapter unmerged on 6 matrices, strength 0.5 and 1 · float32"
+    first.strength = 0.0
+    assert describe(base, base) == "adapter unmerged on 6 matrices, strength 0 and 0.5 · float32"
+    for layer in others:
+        layer.strength = 0.0
+    assert describe(base, base) == "adapter off (strength 0) · float32"
+
+
+def test_a_pane_runs_at_full_strength_and_gives_the_layers_their_own_back(engine, base):
+    expected = ask(engine, "adapter")
+    for layer in lora_layers(base).values():
+        layer.strength = 0.25
+    assert ask(engine, "adapter") == expected
+    assert {layer.strength for layer in lora_layers(base).values()} == {0.25}
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_new_tokens": 0}, r"`max_new_tokens` \(=0\) must be at least 1\."),
+        ({"temperature": -0.1}, r"`temperature` \(=-0\.1\) must be from 0 to 5\."),
+        ({"temperature": 5.1}, r"`temperature` \(=5\.1\) must be from 0 to 5\."),
+        ({"temperature": float("nan")}, r"`temperature` \(=nan\) must be from 0 to 5\."),
+        ({"top_p": 0.0}, r"`top_p` \(=0\.0\) must be above 0 and at most 1\."),
+        ({"top_p": 1.1}, r"`top_p` \(=1\.1\) must be above 0 and at most 1\."),
+        ({"top_p": float("nan")}, r"`top_p` \(=nan\) must be above 0 and at most 1\."),
+        pytest.param(
+            {"seed": 2**64},
+            r"`seed` \(=18446744073709551616\) must be",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused_by_name_and_value(values, message):
+    with pytest.raises(LoRAError, match=message):
+        ChatSettings(**values)
+
+
+def test_a_pane_that_does_not_exist_is_refused_and_the_others_named(engine):
+    with pytest.raises(LoRAError, match=r"`pane` \(='peft'\) must be one of base, adapter, merged\."):
+        engine.answer("peft", PROMPT, GREEDY)
+
+
+def test_an_empty_prompt_is_refused(engine):
+    with pytest.raises(LoRAError, match=r"`prompt_ids` must hold at least one token; write a message first\."):
+        engine.answer("base", [], GREEDY)
+
+
+def test_an_adapter_of_another_model_is_refused_and_leaves_the_model_bare(base, loaded):
+    wider = copy.deepcopy(loaded)
+    wider.model.layers[0].self_attn.q_proj = torch.nn.Linear(32, 40)
+    other = make_adapter(wider, LoRAConfig(r=2, target_modules="model.layers.0.self_attn.q_proj"), 0.1)
+    with pytest.raises(AdapterFileError, match=r"must fit the model: .*q_proj is 32 × 32 in the model and 40 × 32 in"):
+        Engine(base, other, NO_END)
+    assert not lora_layers(base)
+
+
+def test_an_answer_ends_where_the_model_s_context_does():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=10)).eval()
+    *_, last = Engine(short, None, NO_END).answer("base", PROMPT, GREEDY)
+    assert isinstance(last, Answer) and last.done

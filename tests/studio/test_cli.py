@@ -1,0 +1,318 @@
+"""The command line: one sentence and a fitting exit code, never a traceback."""
+
+import json
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from core import LoRAError
+from studio import __main__ as cli
+from studio import jobs
+from studio.runs import Runs, RunSpec
+
+
+@pytest.fixture
+def command(tmp_path, capsys, monkeypatch):
+    """command(*words): runs them in this process with a workspace of the test's own; returns exit code, out and err."""
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path / "home"))
+
+    def run(*words: str) -> tuple[int, str, str]:
+        try:
+            code = cli.main([str(word) for word in words])
+        except SystemExit as end:
+            code = end.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What would have been served; nothing is, and gradio is not imported."""
+    calls = []
+    app, state = types.ModuleType("studio.app"), types.ModuleType("studio.state")
+    app.launch = lambda studio, **how: calls.append({"workspace": studio, **how})
+    state.Studio = lambda workspace: workspace.root
+    monkeypatch.setitem(sys.modules, "studio.app", app)
+    monkeypatch.setitem(sys.modules, "studio.state", state)
+    return calls
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def says(err: str, sentence: str) -> bool:
+    """Whether the terminal shows this one sentence and nothing else."""
+    return err.startswith(f"lora-studio: {sentence}") and err.count("\n") == 1 and err.endswith("\n")
+
+
+# What is understood
+
+
+def test_without_a_command_the_page_is_served(command, served, tmp_path, monkeypatch, free_port):
+    assert command("--port", free_port)[0] == 0
+    assert command("serve", "--port", free_port)[0] == 0
+    assert served[0] == served[1]
+    assert served[0] == {
+        "workspace": tmp_path / "home",
+        "host": "127.0.0.1",
+        "port": free_port,
+        "url": f"http://localhost:{free_port}/",
+        "browser": True,
+    }
+
+
+def test_no_words_at_all_serve_too(monkeypatch, workspace):
+    called = []
+    monkeypatch.setattr(cli, "_serve", lambda args, workspace: called.append(args) or 0)
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(workspace.root))
+    monkeypatch.setattr(sys, "argv", ["lora-studio"])
+    assert cli.main() == 0
+    assert (called[0].command, called[0].port, called[0].host) == ("serve", 7860, "127.0.0.1")
+
+
+def test_serve_takes_host_run_workspace_and_no_browser(command, served, tmp_path, free_port):
+    options = ("--host", "0.0.0.0", "--run-id", "r-1", "--no-browser", "--workspace", tmp_path / "other")
+    assert command("serve", "--port", free_port, *options)[0] == 0
+    (how,) = served
+    assert (how["workspace"], how["host"], how["browser"]) == (tmp_path / "other", "0.0.0.0", False)
+    assert how["url"] == f"http://0.0.0.0:{free_port}/?run=r-1"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["serve", "--help"], ["train", "-h"], ["demo", "--help"]])
+def test_help_is_printed_and_is_no_error(words, command):
+    code, out, err = command(*words)
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: lora-studio")
+    if words[0] in ("serve", "train", "demo"):
+        assert "--workspace DIR" in out
+    else:
+        assert all(name in out for name in ("serve", "train", "demo"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dance"], "invalid choice: 'dance'"),
+        (["train"], "the following arguments are required: SPEC"),
+        (["train", "a.json", "b.json"], "unrecognized arguments: b.json"),
+        (["--port", "many"], "argument --port: invalid int value: 'many'"),
+        (["demo", "--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
+        (["--dance"], "unrecognized arguments: --dance"),
+    ],
+)
+def test_what_is_not_understood_ends_with_2_and_the_usage(words, message, command):
+    code, out, err = command(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("usage: lora-studio") and message in err
+
+
+# Serving
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 10**9])
+def test_a_port_that_is_none_is_refused(port, command, served):
+    code, _, err = command("serve", "--port", port)
+    assert code == 2 and not served
+    assert says(err, f"`--port` (={port}) must be from 1 to 65535.")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_port_in_use_is_told_with_another_to_try(host, command, served):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        code, _, err = command("serve", "--host", host, "--port", port)
+    assert code == 2 and not served
+    another = port % 65535 + 1
+    assert says(err, f"`--port` (={port}) must be free on {host} (Address already in use); is the studio running alre")
+    assert err.endswith(f"Else try --port {another}.\n")
+
+
+def test_a_port_that_was_in_use_a_moment_ago_is_free(command, served):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            other.accept()[0].close()  # the server's end closes first and lingers in TIME_WAIT
+    assert command("serve", "--port", port)[0] == 0
+    assert len(served) == 1
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "no.such.host.invalid",
+        pytest.param(
+            "a..é",
+        ),
+    ],
+)
+def test_a_host_that_does_not_exist_ends_with_one_sentence(host, command, served, free_port):
+    code, _, err = command("serve", "--host", host, "--port", free_port)
+    assert code == 2 and not served
+    assert says(err, "`--")
+
+
+def test_an_ipv6_address_may_be_the_host(command, served, free_port):
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    code, _, _ = command("serve", "--host", "::1", "--port", free_port)
+    assert code == 0 and served[0]["url"] == f"http://[::1]:{free_port}/"
+
+
+# Workspaces
+
+
+@pytest.mark.parametrize("words", [["serve"], ["train", "spec.json"], ["demo"]])
+def test_a_workspace_that_cannot_be_written_ends_with_one_sentence(words, command, tmp_path):
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("x")
+    code, out, err = command(*words, "--workspace", in_the_way / "below")
+    assert (code, out) == (2, "")
+    assert says(err, f"`--workspace` (={str(in_the_way / 'below')!r}) must be a folder that can be written (Not a dir")
+
+
+def test_the_variable_s_workspace_is_checked_alike(command, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path / "file"))
+    code, _, err = command("serve")
+    assert code == 2 and says(err, "`--workspace` (=")
+
+
+# Training
+
+
+SPECS = {
+    "missing": (None, r"must be a JSON file ([Errno 2] No such file or directory"),
+    "no JSON": ("r: 8", "must be a JSON file (Expecting value"),
+    "no table": ("[1]", "A spec must be a table with name, model, data, lora, train; not list."),
+    "unknown part": ('{"lorra": {}}', "A spec has no part lorra; it has name, model, data, lora, train."),
+    "unknown setting": ('{"lora": {"rank": 8}}', "LoRAConfig has no setting 'rank'; it has r, alpha,"),
+    "out of range": ('{"train": {"steps": 0}}', "`steps` (=0) must be at least 1."),
+    "wrong type": ('{"train": {"steps": "many"}}', "`steps` (='many') must be a whole number."),
+}
+
+
+@pytest.mark.parametrize(("content", "sentence"), SPECS.values(), ids=SPECS)
+def test_a_spec_that_cannot_be_used_ends_with_one_sentence_and_makes_no_run(content, sentence, command, tmp_path):
+    path = tmp_path / "spec.json"
+    if content is not None:
+        path.write_text(content)
+    code, out, err = command("train", path)
+    assert (code, out) == (2, "")
+    assert err.startswith("lora-studio: ") and err.count("\n") == 1 and sentence in err
+    assert list((tmp_path / "home" / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_train_starts_the_spec_and_ends_as_the_run_does(code, command, tmp_path, monkeypatch):
+    asked = {}
+
+    def start(runs: Runs, spec: RunSpec):
+        asked.update(root=runs.workspace.root, spec=spec)
+        return "the run"
+
+    def follow(run, *, as_json):
+        asked.update(run=run, as_json=as_json)
+        return code
+
+    monkeypatch.setattr(jobs, "start", start)
+    monkeypatch.setattr(jobs, "follow", follow)
+    spec = RunSpec(name="From a file")
+    (tmp_path / "spec.json").write_text(json.dumps(spec.to_dict()))
+    assert command("train", tmp_path / "spec.json", "--json")[0] == code
+    assert asked == {"root": tmp_path / "home", "spec": spec, "run": "the run", "as_json": True}
+    command("train", tmp_path / "spec.json")
+    assert asked["as_json"] is False
+
+
+def test_train_while_another_run_is_going_names_it(command, tmp_path, hold, monkeypatch):
+    from studio.workspace import Workspace
+
+    hold(Runs(Workspace(tmp_path / "home")).create(RunSpec(name="The first")))
+    (tmp_path / "spec.json").write_text("{}")
+    code, _, err = command("train", tmp_path / "spec.json")
+    assert code == 2 and says(err, "“The first” is still training on this machine; wait for it, or stop it first.")
+
+
+def test_a_second_ctrl_c_ends_without_a_traceback(command, tmp_path, monkeypatch):
+    def follow(run, *, as_json):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "start", lambda runs, spec: None)
+    monkeypatch.setattr(jobs, "follow", follow)
+    (tmp_path / "spec.json").write_text("{}")
+    try:
+        code, _, _ = command("train", tmp_path / "spec.json")
+    except KeyboardInterrupt:
+        pytest.fail("a traceback")
+    assert code not in (0, None)
+
+
+def test_demo_hands_its_options_on(command, monkeypatch, tmp_path):
+    asked = []
+    demo = types.ModuleType("studio.demo")
+    demo.demo = lambda workspace, **options: asked.append({"root": workspace.root, **options}) or 0
+    monkeypatch.setitem(sys.modules, "studio.demo", demo)
+    assert command("demo")[0] == 0
+    assert asked[0] == {"root": tmp_path / "home", "model": "starter", "source": "starter:restaurants", "steps": 40}
+    command("demo", "--steps", "3", "--model", "m", "--data", "d.csv", "--workspace", tmp_path / "w")
+    assert asked[1] == {"root": tmp_path / "w", "model": "m", "source": "d.csv", "steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--steps", "0"], "`steps` (=0) must be at least 1"),
+        (["--steps", "-3"], "`steps` (=-3) must be at least 1"),
+        (["--data", "nothing.csv"], "`source` (='nothing.csv') must be a file that exists"),
+        (["--model", "/no/such/folder"], "`model` (='/no/such/folder') must be"),
+    ],
+)
+def test_demo_with_unusable_options_ends_before_a_run_is_made(
+    options, sentence, command, tiny_folder, rows_file, tmp_path
+):
+    code, _, err = command("demo", "--model", tiny_folder, "--data", rows_file, *options)
+    assert code == 2 and says(err, sentence)
+    assert list((tmp_path / "home" / "runs").iterdir()) == []
+
+
+# The command itself
+
+
+def test_what_is_foreseen_is_a_sentence_and_what_is_not_stays_an_error(command, monkeypatch):
+    def fail(args, workspace):
+        raise error
+
+    monkeypatch.setattr(cli, "_serve", fail)
+    error: Exception = LoRAError("`x` (=1) must be 2.")
+    assert command() == (2, "", "lora-studio: `x` (=1) must be 2.\n")
+    error = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        command()
+
+
+def test_help_needs_neither_transformers_nor_gradio():
+    """So that the command answers at once."""
+    look = (
+        "import sys\n"
+        "from studio.__main__ import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit:\n    print(sorted({'transformers', 'datasets', 'gradio', 'matplotlib'} & set(sys.modules)))"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.splitlines()[-1] == "[]"

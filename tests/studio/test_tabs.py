@@ -1,0 +1,649 @@
+"""Tabs: what their forms say becomes specs, and what runs and adapters hold becomes text, plots and tables."""
+
+import asyncio
+import dataclasses
+import math
+from html.parser import HTMLParser
+
+import gradio as gr
+import pytest
+import torch
+
+from core import (
+    ALL_LINEAR,
+    Evaluated,
+    Factors,
+    Failed,
+    Finished,
+    LoRAConfig,
+    LoRAError,
+    Noted,
+    Started,
+    Step,
+    TrainConfig,
+    amplification,
+    spectrum,
+)
+from studio import data, models
+from studio.chat import Answer
+from studio.data import DataSpec
+from studio.forms import Form
+from studio.runs import Run, RunSpec
+from studio.state import Studio
+from studio.tables import Table, list_starters
+from studio.tabs import chat as chat_tab
+from studio.tabs import data as data_tab
+from studio.tabs import model as model_tab
+from studio.tabs import runs as runs_tab
+from studio.tabs import spectrum as spectrum_tab
+from studio.tabs import train as train_tab
+
+HOSTILE = '<img src=x onerror="alert(1)">&amp;'
+STARTED = Started(60, 384, 10_000, "cpu", "bfloat16", "resident memory of the process")
+
+
+def step(number: int, loss: float = 1.5) -> Step:
+    return Step(
+        number, loss, 1e-3, 0.25, num_tokens=120, num_trained_tokens=80, step_seconds=0.5, memory_bytes=2 * 10**9
+    )
+
+
+class Read(HTMLParser):
+    """What a browser makes of HTML: `tags`, and `text` in pieces."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Title → value, of `theme.facts`."""
+        return dict(zip(self.text[::2], self.text[1::2], strict=True))
+
+
+def drawn(make):
+    """Returns what `make` draws on a page of its own."""
+
+    async def draw():  # outside of a running loop, gr.Blocks leaves one behind that nobody closes
+        with gr.Blocks():
+            return make()
+
+    return asyncio.run(draw())
+
+
+@pytest.fixture
+def studio(workspace) -> Studio:
+    return Studio(workspace)
+
+
+# Model
+
+
+@pytest.mark.parametrize(
+    ("preset", "names", "pattern", "expected"),
+    [
+        ("All linear", ["self_attn.q_proj"], "", ALL_LINEAR),
+        ("All linear", [], None, ALL_LINEAR),
+        (
+            "Query and value (the paper)",
+            ["self_attn.q_proj", "self_attn.v_proj"],
+            "",
+            ("self_attn.q_proj", "self_attn.v_proj"),
+        ),
+        (model_tab.CHOOSE, ["mlp.up_proj"], "  ", ("mlp.up_proj",)),
+        (model_tab.CHOOSE, ["mlp.up_proj"], r" .*\.0\..*q_proj ", r".*\.0\..*q_proj"),
+        ("All linear", [], ".*v_proj", ".*v_proj"),
+    ],
+)
+def test_a_pattern_goes_before_the_ticks_and_all_linear_means_all(preset, names, pattern, expected):
+    assert model_tab.targets(preset, names, pattern) == expected
+
+
+@pytest.mark.parametrize("names", [[], None])
+def test_no_matrix_at_all_is_refused(names):
+    with pytest.raises(
+        LoRAError, match=r"`target_modules` \(=nothing\) must name at least one matrix; tick some in the"
+    ):
+        model_tab.targets(model_tab.CHOOSE, names, "")
+
+
+LORA_NAMES = ["r", "alpha", "dropout", "scaling", "init", "rank_pattern", "alpha_pattern"]
+
+
+def test_the_model_tab_s_values_become_model_and_settings():
+    form = drawn(lambda: Form(LoRAConfig, LORA_NAMES))
+    settings = dict(zip(form.names, [w.value for w in form.widgets], strict=True))
+    settings |= {"r": 4, "dropout": 0.1, "rank_pattern": '{"q_proj": 2}'}
+    values = ["owner/name", model_tab.CHOOSE, ["q_proj"], "", *(settings[name] for name in form.names)]
+    assert model_tab.parse(form, values) == (
+        "owner/name",
+        LoRAConfig(r=4, dropout=0.1, rank_pattern={"q_proj": 2}, target_modules=("q_proj",)),
+    )
+    values[4 + form.names.index("r")] = 0
+    with pytest.raises(LoRAError, match=r"`r` \(=0\) must be at least 1"):
+        model_tab.parse(form, values)
+
+
+def test_the_cost_is_told_before_a_weight_is_loaded(studio, tiny_folder):
+    config = LoRAConfig(r=4, target_modules=("self_attn.q_proj", "mlp.up_proj"))
+    facts = Read(model_tab.cost_view(studio, str(tiny_folder), config)).facts
+    trainable = 2 * 4 * ((32 + 32) + (48 + 32))
+    whole = sum(p.numel() for p in models.load_model(str(tiny_folder), studio.workspace).parameters())
+    assert facts == {
+        "Trainable parameters": f"{trainable:,}",
+        "Share of the model": f"{100 * trainable / (whole + trainable):.2f} %",
+        "Adapter file": f"{4 * trainable / 1e6:.1f} MB",
+        "Matrices adapted": "4 of 15",
+    }
+    assert all(p.is_meta for p in studio.skeleton(str(tiny_folder)).parameters())
+
+
+def test_a_cost_that_cannot_be_is_one_sentence(studio, tiny_folder):
+    with pytest.raises(LoRAError, match=r"`r` \(=17\) must be at most 16 to fit"):
+        model_tab.cost_view(studio, str(tiny_folder), LoRAConfig(r=17))
+
+
+def test_what_a_model_s_files_do_not_say_is_unknown_and_what_they_say_stays_text(studio, tiny_folder):
+    info = studio.info(str(tiny_folder))
+    unknown = dataclasses.replace(info, weight_bytes=None, dtype=None, licence=None, context_length=None)
+    facts = Read(model_tab.facts_view(unknown)).facts
+    assert {facts[k] for k in ("Size as stored", "Stored as", "Context", "Licence")} == {"unknown"}
+    hostile = model_tab.facts_view(dataclasses.replace(info, licence=HOSTILE))
+    assert Read(hostile).facts["Licence"] == HOSTILE
+    assert Read(hostile).tags == Read(model_tab.facts_view(info)).tags
+
+
+# Data
+
+DATA_NAMES = ["instruction", "template", "train_on", "eval_fraction", "max_eval_rows", "max_rows"]
+
+
+def test_the_data_tab_s_values_become_a_spec():
+    form = drawn(lambda: Form(DataSpec, DATA_NAMES))
+    spec = DataSpec(
+        source="rows.csv",
+        prompt="q",
+        completion="a",
+        instruction="Do.",
+        template="plain",
+        eval_fraction=0.2,
+        max_rows=9,
+    )
+    columns = ["q", data_tab.NONE, "a", None, data_tab.NONE]
+    assert data_tab.parse(form, ["rows.csv", "pair", *columns, *form.shown(spec)]) == spec
+    wrong = dict(zip(form.names, form.shown(spec), strict=True)) | {"eval_fraction": 0.9}
+    with pytest.raises(LoRAError, match=r"`eval_fraction` \(=0\.9\) must be at least 0 and at most 0\.5"):
+        data_tab.parse(form, ["rows.csv", "pair", *columns, *wrong.values()])
+    with pytest.raises(LoRAError, match=r"`source` \(=nothing\) must name a data set; choose one in the Data tab\."):
+        data_tab.parse(form, ["", "pair", *columns, *form.shown(spec)])
+
+
+def test_a_preview_shows_the_first_rows_as_plain_text():
+    rows = [{"a": HOSTILE, "b": None}, {"b": [1, {"x": "é"}], "c": 2.5}, *({"a": i} for i in range(50))]
+    header, shown = data_tab.preview(Table("t", ("a", "b", "c"), rows))
+    assert header == ["a", "b", "c"]
+    assert shown[:3] == [[HOSTILE, "", ""], ["", "[1, {'x': 'é'}]", "2.5"], ["0", "", ""]]
+    assert len(shown) == data_tab.PREVIEW_ROWS
+
+
+@pytest.mark.parametrize("extra", [0, 1, 10_000])
+def test_a_long_cell_is_cut_and_says_so(extra):
+    text = "é" * (data_tab.CELL_LIMIT + extra)
+    ((cell,),) = data_tab.preview(Table("t", ("a",), [{"a": text}]))[1]
+    assert len(cell) == data_tab.CELL_LIMIT
+    assert cell.endswith("…") == bool(extra)
+    assert text.startswith(cell.removesuffix("…"))
+
+
+def test_a_preview_can_be_sent_to_the_page_whatever_the_file_holds(tmp_path, workspace):
+    import orjson
+
+    (tmp_path / "cut.jsonl").write_text('{"a": "half an emoji: \\ud83d"}\n')
+    table = data.read_table(str(tmp_path / "cut.jsonl"), workspace)
+    orjson.dumps(data_tab.preview(table))
+
+
+# Train
+
+
+COLUMNS = ("loss", *train_tab.SMALL)
+
+
+def plots(shown: list) -> dict[str, list[tuple]]:
+    """Column → (step, value, …) of each plot among a view's outputs."""
+    found = {}
+    for column, table in zip(COLUMNS, shown[1:6], strict=True):
+        assert table is None or table.columns[1] == column
+        found[column] = [] if table is None else list(table.itertuples(index=False, name=None))
+    return found
+
+
+def update(component) -> dict:
+    """What a component that a handler returns changes on the page."""
+    return component._constructor_args[0]
+
+
+def test_the_view_of_no_run_says_what_to_do():
+    shown = train_tab.view(None)
+    assert "press Start training" in shown[0]
+    assert plots(shown) == dict.fromkeys(COLUMNS, [])
+    assert (shown[6], shown[7].interactive) == ("", False)
+
+
+def test_the_view_fits_the_tab_s_outputs():
+    tab = drawn(train_tab.build)
+    names = [type(c).__name__ for c in tab.outputs]
+    assert names == ["HTML", *["LinePlot"] * 5, "Textbox", "Button"]
+    assert tuple(plot.y for plot in tab.outputs[1:6]) == COLUMNS
+    assert tab.outputs[-1] is tab.stop
+    assert set(tab.form.names) == set(TrainConfig().to_dict()) - {"max_length"}
+
+
+def test_a_running_run_shows_progress_time_left_and_all_plots(write_run, hold, monkeypatch):
+    monkeypatch.setattr("studio.runs.time.time", lambda: 1000.0)
+    evaluated = [Evaluated(0, 3.25, 9, 0.1), Evaluated(2, 2.75, 9, 0.1)]
+    run = write_run(
+        [Noted("Reading"), STARTED, evaluated[0], step(1, 3.0), step(2, 2.5), evaluated[1]],
+        RunSpec(name=HOSTILE, train=TrainConfig(steps=8)),
+    )
+    run.worker_log.write_text("12:00:00 step 2\n")
+    hold(run)
+    shown = train_tab.view(run)
+    text = Read(shown[0]).text
+    assert text[:2] == [HOSTILE, " "] and text[2] == "running"
+    facts = dict(zip(text[3::2], text[4::2], strict=True))
+    assert facts == {
+        "Step": "2 of 8",
+        "Time left": "3 s",
+        "Training loss": "2.500",
+        "Held-out loss": "3.250 → 2.750",
+        "Runs on": "cpu, weights bfloat16",
+        "Memory shown": "resident memory of the process",
+    }
+    assert 'aria-valuenow="2" aria-valuemax="8"' in shown[0] and "width:25.0%" in shown[0]
+    assert plots(shown) == {
+        "loss": [(1, 3.0, "training"), (2, 2.5, "training"), (0, 3.25, "held-out rows"), (2, 2.75, "held-out rows")],
+        "learning rate": [(1, 1e-3), (2, 1e-3)],
+        "gradient norm": [(1, 0.25), (2, 0.25)],
+        "GB": [(1, 2.0), (2, 2.0)],
+        "tokens/s": [(1, 240.0), (2, 240.0)],
+    }
+    assert (shown[6], shown[7].interactive) == ("12:00:00 step 2", True)
+
+
+@pytest.mark.parametrize(
+    ("events", "status", "words"),
+    [
+        ([], "interrupted", "The worker ended without a word (killed, or the machine went down)."),
+        ([STARTED, step(1)], "interrupted", "The worker ended without a word (killed, or the machine went down)."),
+        ([Failed(f"`x` (={HOSTILE}) must be 2.")], "failed", f"`x` (={HOSTILE}) must be 2."),
+        ([STARTED, step(1), Failed("No room.")], "failed", "No room."),
+        (
+            [STARTED, step(1), Finished(60, "done", 0)],
+            "finished",
+            "The adapter is saved. Look at its spectrum, or chat with it.",
+        ),
+        (
+            [STARTED, step(1), Finished(1, "stopped", 0)],
+            "stopped",
+            "The adapter is saved. Look at its spectrum, or chat with it.",
+        ),
+    ],
+)
+def test_a_run_that_has_ended_says_how_and_cannot_be_stopped(events, status, words, write_run):
+    run = write_run(events)
+    run.adapter_folder.mkdir()
+    (run.adapter_folder / "adapter_config.json").write_text("{}")
+    shown = train_tab.view(run)
+    read = Read(shown[0])
+    assert read.text[2] == status and read.text[-1] == words
+    assert "img" not in read.tags
+    assert "Time left" not in read.text
+    assert shown[7].interactive is False
+
+
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [([], "Starting the worker …"), ([Noted("Reading"), Noted("Loading the model")], "Loading the model …")],
+)
+def test_before_the_first_step_the_worker_s_last_word_is_shown(events, words, write_run, hold):
+    run = write_run(events)
+    hold(run)
+    assert Read(train_tab.view(run)[0]).text[-1] == words
+
+
+def test_a_run_stopped_before_its_first_step_does_not_claim_an_adapter(write_run):
+    assert "The adapter is saved" not in train_tab.view(write_run([Finished(0, "stopped", 0)]))[0]
+
+
+def test_the_stop_button_says_what_it_does_again_in_the_next_run(write_run, hold):
+    run = write_run([STARTED, step(1)])
+    hold(run)
+    assert update(train_tab.view(run)[7]).get("value") == "Stop and save"
+
+
+def test_a_run_that_was_asked_to_stop_is_not_asked_again(write_run, hold):
+    run = write_run([STARTED, step(1)])
+    hold(run)
+    run.ask_to_stop()
+    assert update(train_tab.view(run)[7])["interactive"] is False
+
+
+def test_a_plot_leaves_out_what_is_not_finite():
+    rows = [(1, 2.0, "training"), (2, math.nan, "training"), (3, math.inf, "training"), (4, 1.0, "held-out rows")]
+    loss = train_tab.frame(rows, "loss")
+    assert list(loss.columns) == ["step", "loss", "series"]
+    assert loss["step"].tolist() == [1, 4]
+    assert list(train_tab.frame([(1, 0.5)], "GB").columns) == ["step", "GB"]
+
+
+@pytest.mark.parametrize("length", [1, train_tab.MAX_POINTS, train_tab.MAX_POINTS + 1, 12_345, 100_000])
+def test_a_long_series_is_thinned_and_keeps_spikes_and_order(length):
+    rows = [(i, 1.0 + i / length) for i in range(length)]
+    rows[length // 3], rows[length // 2] = (length // 3, 99.0), (length // 2, -99.0)
+    kept = train_tab.thin(rows)
+    assert len(kept) <= train_tab.MAX_POINTS
+    assert length > train_tab.MAX_POINTS or kept == rows
+    assert {rows[length // 3], rows[length // 2]} <= set(kept) <= set(rows)
+    assert kept == sorted(kept)
+
+
+def test_a_spike_beside_a_number_that_is_none_is_kept():
+    rows = [(i, 1.0, "training") for i in range(1_000)]
+    rows[0], rows[1] = (0, math.nan, "training"), (1, 99.0, "training")
+    assert 99.0 in train_tab.frame(train_tab.thin(rows), "loss")["loss"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"),
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (200, "3 min 20 s"),
+        (3599.6, "1 h 0 min"),
+        (7505, "2 h 5 min"),
+        (90_000, "25 h 0 min"),
+    ],
+)
+def test_a_length_of_time_in_words(seconds, words):
+    assert train_tab.duration(seconds) == words
+
+
+def test_the_time_left_is_what_the_last_steps_took_less_what_has_passed(write_run, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("studio.runs.time.time", lambda: now[0])
+    slow = [dataclasses.replace(step(i), step_seconds=100.0) for i in range(1, 11)]
+    run = write_run([*slow, *(step(i) for i in range(11, 31))], RunSpec(train=TrainConfig(steps=60)))
+    run.log.refresh()
+    assert train_tab.seconds_left(run) == pytest.approx(30 * 0.5)
+    now[0] += 0.2
+    assert train_tab.seconds_left(run) == pytest.approx(30 * 0.5 - 0.2)
+    now[0] += 100  # a step that hangs does not eat up the others' time
+    assert train_tab.seconds_left(run) == pytest.approx(29 * 0.5)
+    now[0] -= 500  # the clock was put back
+    assert train_tab.seconds_left(run) == pytest.approx(30 * 0.5)
+
+
+# Spectrum
+
+
+def factors(size: float = 1.0, r: int = 2) -> Factors:
+    generator = torch.Generator().manual_seed(0)
+    return Factors(torch.randn(r, 6, generator=generator), size * torch.randn(8, r, generator=generator), 0.5)
+
+
+W = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+
+
+def table_7(found: Factors, r: int | None = None) -> str:
+    names = {"ΔW": "delta", "W": "weight", "random": "random"}
+    return spectrum_tab.table_7({title: amplification(found, W, r, kind) for title, kind in names.items()})
+
+
+def test_table_7_holds_the_numbers_of_a_dense_computation():
+    delta = factors().delta_weight().double()
+    U, _, Vh = torch.linalg.svd(delta)
+    projected = float(torch.linalg.matrix_norm(U[:, :2].T @ W.double() @ Vh[:2].T))
+    delta_norm, weight_norm = (float(torch.linalg.matrix_norm(M.double())) for M in (delta, W))
+    own = float(torch.linalg.vector_norm(torch.linalg.svdvals(W.double())[:2]))
+    null = 2 * weight_norm / math.sqrt(8 * 6)
+    read = Read(table_7(factors()))
+    assert read.text[:4] == ["U, V from", "ΔW", "W", "random"]
+    rows = {read.text[i]: read.text[i + 1 : i + 4] for i in range(4, 20, 4)}
+    assert rows["‖Uᵀ W V‖"][:2] == [f"{projected:.3f}", f"{own:.3f}"]
+    assert rows["chance level"] == [f"{null:.3f}"] * 3
+    assert rows["enrichment (× chance)"][:2] == [f"{projected / null:.2f}", f"{own / null:.2f}"]
+    assert rows["‖ΔW‖ / ‖Uᵀ W V‖"][:2] == [f"{delta_norm / projected:.2f}", f"{delta_norm / own:.2f}"]
+    said = " ".join(read.text[20:])
+    assert f"‖W‖ = {weight_norm:.3f}, ‖ΔW‖ = {delta_norm:.3f}; the top r = 2 directions" in said
+    assert f"amplifies its directions by {delta_norm / projected:.2f}" in said
+
+
+def test_table_7_of_an_update_that_is_zero_says_so():
+    read = Read(table_7(factors(0.0)))
+    assert read.text == ["ΔW is zero here: B has not moved, so there are no directions to follow."]
+
+
+def test_the_overview_is_one_picture_in_which_paths_stay_text():
+    paths = ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.0.<script>x</script>"]
+    spectra = {path: spectrum(factors(i)) for i, path in enumerate(paths)}
+    for quantity in spectrum_tab.QUANTITIES:
+        read = Read(spectrum_tab.overview(spectra, quantity))
+        assert read.tags[0] == "div" and read.tags[1] == "svg" and read.tags.count("svg") == 1
+        assert "script" not in read.tags
+        assert quantity in " ".join(read.text)
+
+
+def test_the_quantities_are_those_of_the_spectrum():
+    found = spectrum(factors())
+    sigma = torch.linalg.svdvals(factors().delta_weight().double())[:2]
+    values = {title: value(found) for title, (_, value) in spectrum_tab.QUANTITIES.items()}
+    assert values["Size ‖ΔW‖"] == pytest.approx(float(sigma.square().sum().sqrt()))
+    assert values["Largest σ"] == pytest.approx(float(sigma[0]))
+    assert values["Stable rank"] == pytest.approx(float((sigma / sigma[0]).square().sum()))
+    p = sigma / sigma.sum()
+    assert values["Effective rank"] == pytest.approx(float((-(p * p.log()).sum()).exp()))
+
+
+def test_the_summary_names_the_run_and_the_matrix_that_moved_most(write_run):
+    run = write_run(spec=RunSpec(name=HOSTILE))
+    facts = Read(spectrum_tab.summary(run, {"a": spectrum(factors(1.0)), "b": spectrum(factors(3.0))})).facts
+    assert (facts["Run"], facts["Matrices"], facts["r asked for"]) == (HOSTILE, "2", "2")
+    assert facts["Largest ‖ΔW‖ in"] == f"b ({float(factors(3.0).delta_weight().norm()):.3f})"
+
+
+def test_one_matrix_s_facts():
+    found = spectrum(factors())
+    shape, r, rank, effective, stable, most = Read(spectrum_tab.matrix_facts(found)).facts.values()
+    assert (shape, r, rank) == ("8 × 6", "2", "2")
+    assert (effective, stable) == (f"{found.effective_rank:.2f}", f"{found.stable_rank:.2f}")
+    assert most.split()[0] == str(found.rank_for_energy(0.9))
+    _, _, rank, effective, stable, most = Read(spectrum_tab.matrix_facts(spectrum(factors(0.0)))).facts.values()
+    assert (rank, effective, stable, most.split()[0]) == ("0", "0.00", "0.00", "0")
+
+
+# Chat
+
+
+@pytest.fixture
+def tokenizer(tiny_folder, workspace):
+    return models.load_tokenizer(str(tiny_folder), workspace)
+
+
+PAIR = DataSpec(prompt="q", completion="a", context="c", instruction="Describe it.")
+ROW = {"q": "name[Inn 3]", "c": "", "a": "Inn 3 has 3 stars."}
+TALK = DataSpec(layout="messages", messages="m")
+TURNS = {"m": [{"role": "user", "content": "name[Inn 3]"}, {"role": "assistant", "content": "Inn 3."}]}
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+@pytest.mark.parametrize(
+    ("spec", "row"),
+    [
+        (PAIR, ROW),
+        (dataclasses.replace(PAIR, instruction=""), ROW),
+        (TALK, TURNS),
+        (dataclasses.replace(TALK, instruction="Be short."), TURNS),
+    ],
+    ids=["pair with instruction", "pair", "conversation", "conversation with instruction"],
+)
+def test_a_message_is_put_as_training_put_its_rows(spec, row, template, write_run, tokenizer):
+    spec = dataclasses.replace(spec, template=template)
+    run = write_run(spec=RunSpec(data=spec))
+    example = data.tokenize_row(row, spec, tokenizer, 1_000)
+    begin = next(i for i, label in enumerate(example.labels) if label != -100)
+    asked = chat_tab.prompt(run, "  name[Inn 3]\n")
+    assert data.prompt_ids(asked, tokenizer, template) == example.input_ids[:begin].tolist()
+
+
+def test_a_model_trained_on_text_is_asked_to_go_on_with_the_message(write_run, tokenizer):
+    spec = DataSpec(layout="text", text="t")
+    asked = chat_tab.prompt(write_run(spec=RunSpec(data=spec)), "Inn 3 has ")
+    assert asked == "Inn 3 has "
+    ids = data.tokenize_row({"t": asked}, spec, tokenizer, 1_000).input_ids.tolist()
+    assert [*data.prompt_ids(asked, tokenizer), tokenizer.eos_token_id] == ids
+
+
+@pytest.mark.parametrize("text", ["", " \n\t"])
+def test_an_empty_message_is_refused(text, write_run):
+    with pytest.raises(LoRAError, match=r"`Message` \(=nothing\) must not be empty; write one, or take an example\."):
+        chat_tab.prompt(write_run(), text)
+
+
+@pytest.mark.parametrize("starter", list_starters(), ids=lambda s: s.name)
+def test_a_run_on_a_starter_set_offers_that_set_s_examples_and_they_can_be_asked(starter, write_run):
+    spec = DataSpec.from_dict({"source": starter.source, **starter.mapping})
+    run = write_run(spec=RunSpec(data=spec))
+    examples = chat_tab.examples_for(run)
+    assert examples == [str(e) for e in starter.examples] and len(examples) >= 3
+    for example in examples:
+        (turn,) = chat_tab.prompt(run, example)
+        assert turn["role"] == "user" and turn["content"].endswith(example)
+
+
+def test_other_runs_have_no_examples(write_run, tiny_data):
+    assert chat_tab.examples_for(None) == []
+    assert chat_tab.examples_for(write_run(spec=RunSpec(data=tiny_data))) == []
+
+
+def test_a_pane_s_line_tells_engine_speed_and_length():
+    answer = Answer((1, 2, 3), False, 0.256, 12.34, "adapter off (strength 0) · float32")
+    assert chat_tab.engine_line(answer) == (
+        "adapter off (strength 0) · float32\n12.3 tokens/s · first token 0.26 s · 3 tokens"
+    )
+    assert "\n… · first token" in chat_tab.engine_line(dataclasses.replace(answer, tokens_per_second=0.0))
+    assert chat_tab.engine_line(None, "Not asked") == "Not asked"
+
+
+# Runs
+
+
+def test_a_row_tells_what_was_trained_and_how_it_went(write_run):
+    spec = RunSpec(
+        name=HOSTILE,
+        model="owner/name",
+        data=DataSpec(source="/data/my rows.csv"),
+        lora=LoRAConfig(r=3),
+        train=TrainConfig(steps=8),
+    )
+    run = write_run(
+        [STARTED, Evaluated(0, 3.0, 9, 0.1), step(1, 3.0), step(2, 1.0), Evaluated(2, 2.0, 9, 0.1), Failed("No.")], spec
+    )
+    row = runs_tab.row(run)
+    assert len(row) == len(runs_tab.HEADER)
+    cells = dict(zip(runs_tab.HEADER, row, strict=True))
+    assert cells.pop("Made") == f"{run.created:%Y-%m-%d %H:%M}"
+    assert cells == {
+        "Name": HOSTILE,
+        "Status": "failed",
+        "Model": "name",
+        "Data": "my rows.csv",
+        "r": "3",
+        "Steps": "2 / 8",
+        "Held-out loss": "3.000 → 2.000",
+        "Training loss": "█▁",
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("starter:restaurants", "restaurants"), ("hub:owner/name", "name"), ("hub:owner/name:train", "name:train")],
+)
+def test_a_row_names_the_data_shortly(source, name, write_run):
+    row = runs_tab.row(write_run(spec=RunSpec(data=DataSpec(source=source))))
+    assert row[runs_tab.HEADER.index("Data")] == name
+    assert row[runs_tab.HEADER.index("Steps")] == "0 / 60" and row[-2:] == ["", ""]
+
+
+@pytest.fixture(params=["events", "spec", "spec is gone"])
+def damaged(request, write_run) -> Run:
+    """A run whose files somebody spoiled."""
+    run = write_run([STARTED, step(1)])
+    if request.param == "events":
+        (run.folder / "events.jsonl").write_text("{\n")
+    elif request.param == "spec":
+        (run.folder / "spec.json").write_text('{"lora": {"r": 0}}')
+    else:
+        (run.folder / "spec.json").unlink()
+    return Run(run.folder)
+
+
+def test_a_damaged_run_says_so_in_its_row_and_in_the_list(damaged):
+    row = runs_tab.row(damaged)
+    assert len(row) == len(runs_tab.HEADER)
+    assert row[:2] == [damaged.id, "damaged"]
+    assert any(word in row[4] for word in ("is damaged at event 1", "must be at least 1", "must be a JSON file"))
+    assert runs_tab.label(damaged) == f"{damaged.id} · damaged"
+
+
+def test_a_run_is_called_by_name_state_and_time(write_run):
+    run = write_run([STARTED], RunSpec(name="Inns"))
+    assert runs_tab.label(run) == f"Inns · interrupted · {run.created:%d %b %H:%M}"
+
+
+def test_the_details_hold_all_settings_that_matter_as_text(write_run):
+    spec = RunSpec(
+        lora=LoRAConfig(r=3, alpha=6, dropout=0.05, target_modules=("q_proj", HOSTILE)),
+        train=TrainConfig(steps=7, batch_size=3, accumulation=2, learning_rate=2e-4, seed=5),
+    )
+    facts = Read(runs_tab.details(write_run(spec=spec))).facts
+    assert facts["Target matrices"] == f"q_proj, {HOSTILE}"
+    assert facts["r, alpha, dropout"] == "3, 6, 0.05"
+    assert facts["Steps × batch"] == "7 × 6"
+    assert facts["Learning rate"] == "0.0002, linear"
+    assert (facts["Model"], facts["Data"], facts["Seed"]) == ("starter", "starter:restaurants", "5")
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([], ""),
+        ([math.nan, math.inf], ""),
+        ([2.0], "▁"),
+        ([3.0, 3.0, 3.0], "▁▁▁"),
+        ([0, 1, 2, 3, 4, 5, 6, 7], "▁▂▃▄▅▆▇█"),
+        ([7.0, math.nan, 0.0], "█▁"),
+    ],
+)
+def test_a_sparkline_rises_and_falls_as_its_values(values, line):
+    drawn_line = runs_tab.sparkline(values)
+    assert drawn_line == (drawn_line if line is None else line)
+    assert set(drawn_line) <= set(runs_tab.BLOCKS)
+
+
+@pytest.mark.parametrize("length", [16, 17, 100, 10_001])
+def test_a_sparkline_is_at_most_so_wide_and_keeps_the_trend(length):
+    line = runs_tab.sparkline([-i for i in range(length)], width=16)
+    assert len(line) == 16
+    assert line == "".join(sorted(line, reverse=True)) and line[0] == "█" and line[-1] == "▁"
