@@ -163,6 +163,7 @@ def launch(studio: Studio, *, host: str, port: int, url: str, browser: bool) -> 
         css=theme.CSS,
         footer_links=[],
         max_file_size=MAX_UPLOAD_BYTES,
+        allowed_paths=[str(studio.workspace.downloads)],
         ssr_mode=False,
         quiet=True,
         share=False,

@@ -16,6 +16,7 @@ class Workspace:
         runs: One folder a run (see `studio.runs`).
         uploads: Data files that the user gave.
         cache: What can be made again: converted weights.
+        downloads: What the page may hand out to a browser, in the cache.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -27,7 +28,8 @@ class Workspace:
         try:
             self.root = Path(root).expanduser().resolve()
             self.runs, self.uploads, self.cache = (self.root / name for name in ("runs", "uploads", "cache"))
-            for folder in (self.runs, self.uploads, self.cache):
+            self.downloads = self.cache / "downloads"
+            for folder in (self.runs, self.uploads, self.cache, self.downloads):
                 folder.mkdir(parents=True, exist_ok=True)
         except (OSError, RuntimeError) as error:  # RuntimeError: the home of somebody unknown
             reason = error.strerror if isinstance(error, OSError) else error

@@ -1,7 +1,7 @@
 """Runs: what was trained, how it went, and what can be done with it."""
 
 import math
-import shutil
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,17 @@ def details(run: Run) -> str:
     )
 
 
+def pack(run: Run, folder: Path) -> str:
+    """Writes the run's adapter as a zip file into `folder`, if it is not there already; returns its path."""
+    saved = (run.adapter_folder / "adapter_model.safetensors").stat().st_mtime_ns
+    file = folder / f"{run.id}-adapter.zip"
+    if not file.exists() or file.stat().st_mtime_ns < saved:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as packed:  # weights hardly compress
+            for part in sorted(run.adapter_folder.iterdir()):
+                packed.write(part, part.name)
+    return str(file)
+
+
 def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
     """Draws the tab; opening a run sets `run_id` and goes to another of `tabs`."""
     gr.Markdown("### All runs\nA click on a row chooses that run, here and in the header.")
@@ -97,20 +108,12 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
         if not run:
             return theme.said("No run yet. Train one, and it is listed here."), gr.DownloadButton(interactive=False)
         found = studio.runs.get(run)
-        return details(found), gr.DownloadButton(interactive=found.has_adapter)
+        # Packed before the click: the button hands out what it holds when it is pressed.
+        file = pack(found, studio.workspace.downloads) if found.has_adapter else None
+        return details(found), gr.DownloadButton(value=file, interactive=file is not None)
 
     def choose(known: list[str], event: gr.SelectData) -> str:
         return known[event.index[0]]
-
-    def pack(run: str) -> str:
-        if not run:
-            raise LoRAError("`run` (=nothing) must be chosen; click one in the table.")
-        found = studio.runs.get(run)
-        if not found.has_adapter:
-            raise LoRAError(
-                f"“{found.spec.name}” has no adapter yet; it is saved at the first evaluation and at the end."
-            )
-        return shutil.make_archive(str(studio.workspace.cache / f"{found.id}-adapter"), "zip", found.adapter_folder)
 
     def ask(run: str) -> tuple[Any, ...]:
         if not run:
@@ -131,7 +134,6 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
     table.select(studio.guard(choose), ids, run_id, **private)
     for button, tab in ((to_train, "train"), (to_spectrum, "spectrum"), (to_chat, "chat")):
         button.click(lambda tab=tab: gr.Tabs(selected=tab), None, tabs, queue=False, **private)
-    download.click(studio.guard(pack), run_id, download, **private)
     delete.click(studio.guard(ask), run_id, [question, asked], **private)
     no.click(lambda: gr.Group(visible=False), None, question, queue=False, **private)
     yes.click(studio.guard(remove), run_id, [question, run_id, table, ids], **private)

@@ -154,7 +154,8 @@ def test_the_runs_tab_lists_downloads_and_deletes_only_after_a_question(trained,
     page = trained
     open_tab(page, "Runs")
     page.wait_for_function("document.querySelector('#runs-table').innerText.includes('finished')", timeout=30_000)
-    with page.expect_download(timeout=WAIT) as downloaded:
+    page.locator("#download:not([disabled])").wait_for(timeout=30_000)
+    with page.expect_download(timeout=30_000) as downloaded:
         page.locator("#download").click()
     downloaded.value.save_as(tmp_path / "adapter.zip")
     names = set(zipfile.ZipFile(tmp_path / "adapter.zip").namelist())

@@ -4,9 +4,11 @@ import asyncio
 import dataclasses
 import html
 import inspect
+import os
 import shutil
 import types
 import zipfile
+from pathlib import Path
 
 import gradio as gr
 import pytest
@@ -394,12 +396,16 @@ def test_chat_with_a_run_that_has_no_adapter_yet_says_when_it_will(page, write_r
         list(handler(page, "answer")(run.id, "Hi", ["base"], 0.0, 0.95, 6, 0))
 
 
-def test_the_adapter_s_zip_holds_what_peft_reads(page, trained, write_run):
-    with zipfile.ZipFile(handler(page, "pack")(trained.id)) as packed:
+def test_the_adapter_s_zip_holds_what_peft_reads_and_follows_the_adapter(trained, workspace, tmp_path):
+    from studio.tabs.runs import pack
+
+    file = pack(trained, tmp_path)
+    with zipfile.ZipFile(file) as packed:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             assert packed.read(name) == (trained.adapter_folder / name).read_bytes()
-    with pytest.raises(gr.Error, match="has no adapter yet"):
-        handler(page, "pack")(write_run([STARTED]).id)
+    (tmp_path / Path(file).name).write_bytes(b"old")
+    os.utime(file, (0, 0))
+    assert zipfile.is_zipfile(pack(trained, tmp_path))
 
 
 def test_deleting_asks_first_then_shows_the_next_run(page, trained, write_run, hold):
