@@ -103,6 +103,7 @@ table.plain :is(th, td) {{ text-align: right; padding: .35rem .6rem; border: 0 !
   border-bottom: 1px solid var(--border-color-primary) !important; }}
 table.plain :is(th, td):first-child {{ text-align: left; }}
 table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600; font-size: .85rem; }}
+.dark #tokens span {{ color: var(--body-text-color); }}
 .scroll-x {{ overflow-x: auto; }}
 .pane-base {{ border-top: 3px solid var(--base) !important; }}
 .pane-adapter, .pane-merged {{ border-top: 3px solid var(--adapted) !important; }}
