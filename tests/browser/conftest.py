@@ -1,4 +1,7 @@
-"""A real server with the starter model, and a real browser that looks at it."""
+"""A real server with the starter model, and a real browser that looks at it.
+
+All of a module and no longer: while Playwright is up, no other test could run an event loop.
+"""
 
 import os
 import shutil
@@ -15,7 +18,7 @@ CHROMIUM = next(
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def workspace_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("studio")
 
@@ -52,7 +55,7 @@ class Server:
         self.log.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(workspace_folder):
     server = Server(workspace_folder)
     server.start()
@@ -60,7 +63,7 @@ def server(workspace_folder):
     server.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
