@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 import webbrowser
 from html import escape
 from typing import Any
@@ -10,24 +9,31 @@ from typing import Any
 import gradio as gr
 
 from core import TrainConfig, resolve_device
-from studio import jobs, theme
+from studio import jobs, theme, watch
 from studio.runs import RunSpec
 from studio.state import Studio
 from studio.tabs import chat, data, model, runs, spectrum, train
 
-TICK_SECONDS = 2.0
-SMALL_CHART_SECONDS = 10.0
-"""Redrawing charts is most of what an open page costs a training on the same cores; the loss goes first."""
-SMALL_CHARTS = slice(3, 3 + len(train.SMALL))
 MAX_UPLOAD_BYTES = 200 * 1024 * 1024
 
 
 def build(studio: Studio) -> gr.Blocks:
     """Returns the whole application over `studio`; `launch` serves it."""
+
+    @studio.guard
+    def look(asked: Any) -> dict[str, Any]:
+        return news(studio, asked)
+
     with gr.Blocks(title="LoRA Studio", analytics_enabled=False, fill_width=True) as page:
         with gr.Row(equal_height=True):
             with gr.Column(scale=6, min_width=300):
-                head = gr.HTML(_title("Starting …"), elem_id="head")
+                head = gr.HTML(
+                    _TITLE,
+                    elem_id="head",
+                    js_on_load=watch.JS,
+                    server_functions=[look],
+                    run=None,
+                )
             with gr.Column(scale=4, min_width=300):
                 run_id = gr.Dropdown([], label="Run shown in Train, Spectrum and Chat", elem_id="run")
         with gr.Tabs() as tabs:
@@ -56,8 +62,6 @@ def _wire(
     data_tab: data.DataTab,
     train_tab: train.TrainTab,
 ) -> None:
-    seen = gr.State("")
-    live = [head, *train_tab.outputs]
     num_model, num_data = len(model_tab.inputs), len(data_tab.inputs)
 
     def choices() -> list[tuple[str, str]]:
@@ -71,25 +75,15 @@ def _wire(
         value = asked if asked in ids else going or (ids[0] if ids else None)
         return gr.Dropdown(choices=choices(), value=value)
 
-    def show(run: str | None) -> list[Any]:
-        found = studio.runs.get(run) if run else None
-        return [head_view(studio), *train.view(found)]
+    def turned(run: str | None) -> list[Any]:
+        listed = choices()
+        ids = [run_id for _, run_id in listed]
+        shown = run if run in ids else (ids[0] if ids else None)
+        found = studio.runs.get(shown) if shown else None
+        return [gr.Dropdown(choices=listed, value=shown), train.stop_button(found)]
 
-    def tick(run: str | None, before: str) -> list[Any]:
-        old = json.loads(before or "{}")
-        known = [list(choice) for choice in choices()]
-        found = studio.runs.get(run) if run and run in {i for _, i in known} else None
-        new = {"known": known, "run": run, "num_events": found.log.num_events if found else 0}
-        if new == {key: old.get(key) for key in new}:
-            return [gr.skip()] * (len(live) + 2)
-        parts = show(found.id if found else None)
-        drawn = old.get("drawn", 0.0)
-        if run == old.get("run") and found and found.is_running() and time.time() - drawn < SMALL_CHART_SECONDS:
-            parts[SMALL_CHARTS] = [gr.skip()] * len(train.SMALL)
-        else:
-            drawn = time.time()
-        listed = gr.skip() if known == old.get("known") else gr.Dropdown(choices=choices())
-        return [*parts, listed, json.dumps(new | {"drawn": drawn})]
+    def show(run: str | None) -> Any:
+        return gr.HTML(run=run)
 
     def begin(name: str, *values: Any) -> Any:
         chosen, lora = model.parse(model_tab.form, list(values[:num_model]))
@@ -108,9 +102,8 @@ def _wire(
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     page.load(studio.guard(opened), None, run_id, **quiet)
-    page.load(studio.guard(show), run_id, live, **quiet)
-    run_id.change(studio.guard(show), run_id, live, **quiet)
-    gr.Timer(TICK_SECONDS).tick(studio.guard(tick), [run_id, seen], [*live, run_id, seen], queue=False, **quiet)
+    run_id.change(studio.guard(show), run_id, head, queue=False, **quiet)
+    head.turned(studio.guard(turned), run_id, [run_id, train_tab.stop], queue=False, **quiet)
     train_tab.start.click(
         studio.guard(begin),
         [train_tab.name, *model_tab.inputs, *data_tab.inputs, data_tab.max_length, *train_tab.form.widgets],
@@ -121,23 +114,39 @@ def _wire(
     train_tab.stop.click(studio.guard(stop), run_id, train_tab.stop, queue=False, **quiet)
 
 
-def head_view(studio: Studio) -> str:
-    """Returns HTML of the title, where training would run, and what is going on."""
+def news(studio: Studio, asked: Any) -> dict[str, Any]:
+    """Returns what an open page does not know yet; see `studio.watch`.
+
+    Args:
+        studio: What is served.
+        asked: A table with `run`, the id of the run that the page shows, and `train`, whether the tab is open.
+    """
+    listed = studio.runs.list()
+    run = next((run for run in listed if run.id == asked["run"]), None)
+    parts = {"head-line": head_line(studio)}
+    if asked["train"]:
+        parts |= train.view(run)
+    stop = train.stop_button(run)
+    turn = [[runs.label(some) for some in listed], [some.id for some in listed], stop.value, stop.interactive]
+    return {"parts": parts, "turn": json.dumps(turn)}
+
+
+def head_line(studio: Studio) -> str:
+    """Returns HTML of where training would run, and what is going on."""
     device = str(resolve_device("auto"))
     going = studio.runs.running()
     if going is None:
-        return _title(f"Device: {device} · nothing is training")
+        return escape(f"Device: {device} · nothing is training")
     going.log.refresh()
     step = going.log.steps[-1].step if going.log.steps else 0
-    return _title(f"Device: {device} · training “{going.spec.name}”, step {step} of {going.spec.train.steps}")
+    return escape(f"Device: {device} · training “{going.spec.name}”, step {step} of {going.spec.train.steps}")
 
 
-def _title(words: str) -> str:
-    return (
-        '<div class="studio-head"><h1>LoRA Studio</h1>'
-        '<span class="sub">Fine-tune a language model, and see what the low-rank update learned</span></div>'
-        f'<div class="sub-line">{escape(words)}</div>'
-    )
+_TITLE = (
+    '<div class="studio-head"><h1>LoRA Studio</h1>'
+    '<span class="sub">Fine-tune a language model, and see what the low-rank update learned</span></div>'
+    '<div class="sub-line" id="head-line">Starting …</div>'
+)
 
 
 def launch(studio: Studio, *, host: str, port: int, url: str, browser: bool) -> None:
@@ -154,6 +163,7 @@ def launch(studio: Studio, *, host: str, port: int, url: str, browser: bool) -> 
         filename=studio.log_file, level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s"
     )
     page = build(studio).queue(default_concurrency_limit=8)
+    page._queue.sleep_when_free = watch.QUEUE_SECONDS
     page.launch(
         server_name=host,
         server_port=port,
@@ -162,6 +172,7 @@ def launch(studio: Studio, *, host: str, port: int, url: str, browser: bool) -> 
         theme=theme.theme(),
         css=theme.CSS,
         footer_links=[],
+        app_kwargs={"middleware": [watch.CALM]},
         max_file_size=MAX_UPLOAD_BYTES,
         allowed_paths=[str(studio.workspace.downloads)],
         ssr_mode=False,

@@ -94,6 +94,22 @@ CSS = f"""
   margin: .5rem 0 .25rem; }}
 .progress > span {{ display: block; height: 100%; background: var(--adapted); transition: width .4s; }}
 @media (prefers-reduced-motion: reduce) {{ .progress > span {{ transition: none; }} }}
+.charts {{ display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem 1.5rem; margin-top: 1rem; }}
+.charts > :first-child {{ grid-column: 1 / -1; }}
+.live {{ margin: 0; min-width: 0; contain: content; font-variant-numeric: tabular-nums; }}
+.live figcaption {{ display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .85rem; margin-bottom: .35rem; }}
+.live .key::before {{ content: ""; display: inline-block; width: .9rem; border-top: 3px solid var(--key);
+  vertical-align: middle; margin-right: .35rem; }}
+.live .plot {{ position: relative; margin: 0 0 1.4rem 3.2rem; border-left: 1px solid var(--border-color-primary);
+  border-bottom: 1px solid var(--border-color-primary); }}
+.live svg {{ position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; fill: none; }}
+.live svg rect {{ fill: transparent; }}
+.live .grid {{ stroke: var(--border-color-primary); vector-effect: non-scaling-stroke; opacity: .7; }}
+.live .plot span {{ position: absolute; font-size: .75rem; line-height: 1; color: var(--body-text-color-subdued); }}
+.live .y {{ right: 100%; margin-right: .4rem; transform: translateY(-50%); }}
+.live .x {{ top: 100%; margin-top: .4rem; transform: translateX(-50%); }}
+.live .none {{ top: 45%; left: 1rem; }}
+#worker-log {{ margin: 0; max-height: 16rem; overflow: auto; font-size: .8rem; white-space: pre-wrap; }}
 .figure svg {{ width: 100%; height: auto; display: block; color: var(--body-text-color); }}
 .figure {{ overflow-x: auto; }}
 table.plain {{ border: 0 !important; border-collapse: collapse; width: 100%; margin: 0;

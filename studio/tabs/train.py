@@ -1,6 +1,5 @@
 """Train: settings, Start and Stop, and what a run is doing, live."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,17 +7,14 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
-from core import Failed, LoRAError, TrainConfig, settings
-from studio import theme
+from core import Failed, LoRAError, Step, TrainConfig, settings
+from studio import live, theme
 from studio.forms import Form
 from studio.palette import ADAPTED, ADAPTED_SOFT
-from studio.runs import Run
+from studio.runs import EventLog, Run
 
-MAX_POINTS = 400
 STOP, STOPPING = "Stop and save", "Stopping after this step …"
-LOSS_COLORS = {"training": ADAPTED_SOFT, "held-out rows": ADAPTED}
 
 
 @dataclass(frozen=True)
@@ -26,69 +22,58 @@ class TrainTab:
     """The tab's parts that others read.
 
     Attributes:
-        outputs: The components that `view` fills.
         start, stop: The buttons.
         form: The training settings.
     """
 
-    outputs: list[Any]
     start: Any
     stop: Any
     name: Any
     form: Form
 
 
-def view(run: Run | None) -> list[Any]:
-    """Returns what the tab's `outputs` show of a run."""
+def view(run: Run | None) -> dict[str, str]:
+    """Returns what the tab shows of a run: HTML by the id of the element that it belongs in."""
     if run is None:
-        empty = theme.said("No run yet. Pick a model and data, then press Start training; the loss appears here.")
-        return [empty, *(None for _ in ("loss", *SMALL)), "", gr.Button(STOP, interactive=False)]
+        words = theme.said("No run yet. Pick a model and data, then press Start training; the loss appears here.")
+        return {"status": words, "worker-log": ""}
     try:
-        status, log, _ = run.status, run.log, run.spec
+        shown = status_view(run, run.status) + charts(run.log)
     except LoRAError as error:  # damaged files: said here at every look, not as an alarm
-        words = theme.said(str(error), "error")
-        return [words, *(None for _ in ("loss", *SMALL)), run.log_tail(), gr.Button(STOP, interactive=False)]
-    train_rows = [(s.step, s.loss, "training") for s in log.steps]
-    eval_rows = [(e.step, e.loss, "held-out rows") for e in log.evaluations]
-    loss = frame(thin(train_rows) + eval_rows, "loss")
-    small = [frame(thin([(s.step, value(s)) for s in log.steps]), column) for column, (_, value) in SMALL.items()]
-    stopping = status == "running" and run.stop_asked
-    stop = gr.Button(STOPPING if stopping else STOP, interactive=status == "running" and not stopping)
-    return [status_view(run, status), loss, *small, run.log_tail(), stop]
+        shown = theme.said(str(error), "error")
+    return {"status": shown, "worker-log": escape(run.log_tail())}
 
 
-SMALL: dict[str, tuple[str, Callable[[Any], float]]] = {
-    "learning rate": ("Learning rate", lambda s: s.learning_rate),
-    "gradient norm": ("Gradient norm", lambda s: s.grad_norm),
-    "GB": ("Memory (GB)", lambda s: s.memory_bytes / 1e9),
-    "tokens/s": ("Tokens per second", lambda s: s.tokens_per_second),
+def stop_button(run: Run | None) -> Any:
+    """Returns the Stop button as it is for a run."""
+    try:
+        running = run is not None and run.status == "running"
+    except LoRAError:
+        running = False
+    stopping = running and run is not None and run.stop_asked
+    return gr.Button(STOPPING if stopping else STOP, interactive=running and not stopping)
+
+
+SMALL: dict[str, Callable[[Step], float]] = {
+    "Learning rate": lambda s: s.learning_rate,
+    "Gradient norm": lambda s: s.grad_norm,
+    "Memory (GB)": lambda s: s.memory_bytes / 1e9,
+    "Tokens per second": lambda s: s.tokens_per_second,
 }
 
 
-def frame(rows: list[tuple[Any, ...]], column: str) -> pd.DataFrame | None:
-    """Returns rows of (step, value) or (step, value, series) for a plot; non-finite values are left out.
-
-    None where there is nothing to plot: from an empty table a plot learns wrong types for good.
-    """
-    kept = [r for r in rows if math.isfinite(r[1])]
-    if not kept:
-        return None
-    return pd.DataFrame(kept, columns=["step", column, "series"] if column == "loss" else ["step", column])
-
-
-def thin(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Returns at most `MAX_POINTS` rows: of each stretch the lowest and the highest, so that spikes stay."""
-    if len(rows) <= MAX_POINTS:
-        return rows
-    stretch = math.ceil(2 * len(rows) / MAX_POINTS)
-    kept = []
-    for start in range(0, len(rows), stretch):
-        part = [row for row in rows[start : start + stretch] if math.isfinite(row[1])]
-        if not part:
-            continue
-        ends = {min(part, key=lambda r: r[1]), max(part, key=lambda r: r[1])}
-        kept += sorted(ends, key=lambda r: r[0])
-    return kept
+def charts(log: EventLog) -> str:
+    """Returns HTML of the loss and, below it, the four small charts."""
+    losses = [
+        live.Curve("training", ADAPTED_SOFT, [(s.step, s.loss) for s in log.steps]),
+        live.Curve("held-out rows", ADAPTED, [(e.step, e.loss) for e in log.evaluations], dots=True, thickness=2),
+    ]
+    drawn = live.chart("Loss (nats per token)", losses, height=260, empty="It appears after the first step.")
+    small = [
+        live.chart(title, [live.Curve("", ADAPTED, [(s.step, value(s)) for s in log.steps])], height=110)
+        for title, value in SMALL.items()
+    ]
+    return f'<div class="charts">{drawn}{"".join(small)}</div>'
 
 
 def status_view(run: Run, status: str) -> str:
@@ -141,21 +126,6 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _small_plot(column: str) -> Any:
-    return gr.LinePlot(
-        x="step",
-        y=column,
-        title=SMALL[column][0],
-        height=170,
-        x_title="step",
-        x_axis_format="~g",
-        y_title=" ",
-        min_width=260,
-        show_label=False,
-        buttons=[],
-    )
-
-
 def build() -> TrainTab:
     """Draws the tab; `app` wires it, as Start needs the other tabs' settings."""
     with gr.Row(equal_height=False):
@@ -169,26 +139,7 @@ def build() -> TrainTab:
                 start = gr.Button("Start training", variant="primary", elem_id="start")
                 stop = gr.Button(STOP, interactive=False, elem_id="stop")
         with gr.Column(scale=7, min_width=320):
-            status = gr.HTML(elem_id="status")
-            loss = gr.LinePlot(
-                x="step",
-                y="loss",
-                color="series",
-                color_map=LOSS_COLORS,
-                title="Loss (nats per token)",
-                height=300,
-                x_title="step",
-                x_axis_format="~g",
-                y_title=" ",
-                color_title=" ",
-                elem_id="loss-plot",
-                show_label=False,
-                buttons=[],
-            )
-            small = []
-            for pair in (list(SMALL)[:2], list(SMALL)[2:]):
-                with gr.Row():
-                    small += [_small_plot(column) for column in pair]
+            gr.HTML('<div id="status"></div>')
             with gr.Accordion("Worker's log", open=False):
-                tail = gr.Textbox(lines=10, max_lines=10, show_label=False, interactive=False, autoscroll=True)
-    return TrainTab([status, loss, *small, tail, stop], start, stop, name, form)
+                gr.HTML('<pre id="worker-log"></pre>')
+    return TrainTab(start, stop, name, form)

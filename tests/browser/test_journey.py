@@ -107,9 +107,9 @@ def test_the_run_is_shown_live_and_survives_a_reload_and_a_restart_of_the_server
 def test_the_loss_chart_draws_both_series(trained):
     page = trained
     open_tab(page, "Train")
-    page.wait_for_selector("#loss-plot canvas, #loss-plot svg", timeout=WAIT)
-    picture = page.locator("#loss-plot").screenshot()
-    colours = dominant_colours(picture)
+    chart = page.locator("#status .live").first
+    chart.locator("svg").wait_for(timeout=WAIT)
+    colours = dominant_colours(chart.locator(".plot").screenshot())
     assert (217, 105, 26) in colours, "the held-out losses are drawn"
     assert (239, 176, 124) in colours, "the training losses are drawn"
 

@@ -16,7 +16,7 @@ import torch
 from gradio.helpers import special_args
 
 from core import Adapter, LoRAConfig, LoRAError, Started, Step, TrainConfig, amplification, inject, lora_layers, plan
-from studio import app, jobs, models
+from studio import app, jobs, models, watch
 from studio.data import DataSpec, prompt_ids
 from studio.runs import EventWriter, Run, RunSpec
 from studio.state import Studio
@@ -64,6 +64,12 @@ def handler(page: gr.Blocks, name: str, elem_id: str | None = None):
     return only
 
 
+def look(page: gr.Blocks, run: str, *, train: bool = True) -> dict:
+    """What an open page is told when it asks."""
+    (head,) = (b for b in page.blocks.values() if b.elem_id == "head")
+    return head.look({"run": run, "train": train})
+
+
 def update(component) -> dict:
     """What a component that a handler returns changes on the page."""
     return component._constructor_args[0]
@@ -100,15 +106,21 @@ def test_a_damaged_run_hinders_neither_the_page_nor_its_lists(what, damage, stud
     assert update(chosen)["choices"] == [(f"{damaged.id} · damaged", damaged.id)]
     table, ids = handler(page, "fill")()
     assert table["data"][0][:2] == [damaged.id, "damaged"] and ids == [damaged.id]
-    assert "nothing is training" in app.head_view(studio)
+    assert "nothing is training" in app.head_line(studio)
 
 
 @pytest.mark.parametrize("what", ["events.jsonl", "spec.json"])
 def test_a_page_that_shows_a_damaged_run_does_not_complain_at_every_tick(what, damage, studio):
     run = damage(what)
-    tick = handler(build(studio), "tick")
-    *_, token = tick(run.id, "")
-    tick(run.id, token)
+    page = build(studio)
+    news = look(page, run.id)
+    assert 'class="said error"' in news["parts"]["status"] and "damaged" in news["turn"]
+    assert look(page, run.id) == news
+    handler(page, "turned")(run.id)
+
+
+def test_gradio_s_queue_still_looks_too_often_by_itself(page):
+    assert page._queue.sleep_when_free < watch.QUEUE_SECONDS
 
 
 def test_nothing_of_the_page_is_open_to_other_programs_by_name(page):
@@ -199,28 +211,44 @@ def test_a_page_opens_at_the_run_asked_for_else_at_the_running_else_at_the_newes
     assert opened(run="../x") == runs[0].id
 
 
-def test_a_tick_sends_something_only_when_something_is_new(page, studio, write_run):
-    tick = handler(page, "tick")
+def test_a_page_learns_what_is_new_and_when_the_list_or_the_button_has_to_turn(page, studio, write_run, hold):
     run = write_run([STARTED])
-    *shown, token = tick(run.id, "")
-    assert "interrupted" in shown[1]
-    assert all(part == gr.skip() for part in tick(run.id, token))
+    news = look(page, run.id)
+    assert "interrupted" in news["parts"]["status"] and news["parts"]["worker-log"] == ""
     writer = EventWriter(run)
     writer.write(STEP)
     writer.close()
-    *shown, newer = tick(run.id, token)
-    assert newer != token
-    assert shown[2]["loss"].tolist() == [1.5]
-    studio.runs.delete(studio.runs.get(run.id))
-    *shown, _ = tick(run.id, newer)
-    assert "No run yet" in shown[1]
+    later = look(page, run.id)
+    assert "training 1.5" in later["parts"]["status"] and later["turn"] == news["turn"]
+    hold(run)
+    running = look(page, run.id)
+    assert running["turn"] != news["turn"]
+    run.ask_to_stop()
+    assert look(page, run.id)["turn"] != running["turn"]
+
+
+def test_a_page_that_shows_another_tab_is_told_no_more_than_the_head(page, write_run):
+    run = write_run([STARTED, STEP])
+    news = look(page, run.id, train=False)
+    assert set(news["parts"]) == {"head-line"}
+    assert news["turn"] == look(page, run.id)["turn"]
+
+
+def test_a_page_whose_run_was_deleted_turns_to_the_newest(page, studio, write_run):
+    first, second = sorted((write_run([STARTED]) for _ in range(2)), key=lambda run: run.id)
+    before = look(page, second.id)
+    studio.runs.delete(studio.runs.get(second.id))
+    after = look(page, second.id)
+    assert "No run yet" in after["parts"]["status"] and after["turn"] != before["turn"]
+    chosen, stop = handler(page, "turned")(second.id)
+    assert update(chosen)["value"] == first.id and update(stop)["interactive"] is False
 
 
 def test_the_head_tells_what_is_training_as_text(studio, write_run, hold):
     run = write_run([STARTED, STEP], RunSpec(name="<b>Inns</b>", train=TrainConfig(steps=9)))
-    assert "nothing is training" in app.head_view(studio)
+    assert "nothing is training" in app.head_line(studio)
     hold(run)
-    assert "training “&lt;b&gt;Inns&lt;/b&gt;”, step 1 of 9" in app.head_view(studio)
+    assert "training “&lt;b&gt;Inns&lt;/b&gt;”, step 1 of 9" in app.head_line(studio)
 
 
 # Start and stop

@@ -49,17 +49,20 @@ def step(number: int, loss: float = 1.5) -> Step:
 
 
 class Read(HTMLParser):
-    """What a browser makes of HTML: `tags`, and `text` in pieces."""
+    """What a browser makes of HTML: `tags`, `text` in pieces, and the `pictures` as they are told to who sees none."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.text: list[str] = []
+        self.pictures: list[str] = []
         self.feed(html)
         self.close()
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        if tag == "svg":
+            self.pictures.append(dict(attrs)["aria-label"])
 
     def handle_data(self, data):
         self.text.append(data)
@@ -215,18 +218,6 @@ def test_a_preview_can_be_sent_to_the_page_whatever_the_file_holds(tmp_path, wor
 # Train
 
 
-COLUMNS = ("loss", *train_tab.SMALL)
-
-
-def plots(shown: list) -> dict[str, list[tuple]]:
-    """Column → (step, value, …) of each plot among a view's outputs."""
-    found = {}
-    for column, table in zip(COLUMNS, shown[1:6], strict=True):
-        assert table is None or table.columns[1] == column
-        found[column] = [] if table is None else list(table.itertuples(index=False, name=None))
-    return found
-
-
 def update(component) -> dict:
     """What a component that a handler returns changes on the page."""
     return component._constructor_args[0]
@@ -234,21 +225,21 @@ def update(component) -> dict:
 
 def test_the_view_of_no_run_says_what_to_do():
     shown = train_tab.view(None)
-    assert "press Start training" in shown[0]
-    assert plots(shown) == dict.fromkeys(COLUMNS, [])
-    assert (shown[6], shown[7].interactive) == ("", False)
+    assert "press Start training" in shown["status"] and "<svg" not in shown["status"]
+    assert shown["worker-log"] == ""
+    assert train_tab.stop_button(None).interactive is False
 
 
-def test_the_view_fits_the_tab_s_outputs():
+def test_the_tab_has_a_place_for_each_part_of_the_view():
     tab = drawn(train_tab.build)
-    names = [type(c).__name__ for c in tab.outputs]
-    assert names == ["HTML", *["LinePlot"] * 5, "Textbox", "Button"]
-    assert tuple(plot.y for plot in tab.outputs[1:6]) == COLUMNS
-    assert tab.outputs[-1] is tab.stop
     assert set(tab.form.names) == set(TrainConfig().to_dict()) - {"max_length"}
+    places = [b.value for b in tab.start.parent.parent.parent.children[1].children if isinstance(b, gr.HTML)]
+    accordion = [c for c in tab.start.parent.parent.parent.children[1].children if isinstance(c, gr.Accordion)]
+    places += [b.value for c in accordion for b in c.children]
+    assert all(any(f'id="{name}"' in place for place in places) for name in train_tab.view(None))
 
 
-def test_a_running_run_shows_progress_time_left_and_all_plots(write_run, hold, monkeypatch):
+def test_a_running_run_shows_progress_time_left_and_all_charts(write_run, hold, monkeypatch):
     monkeypatch.setattr("studio.runs.time.time", lambda: 1000.0)
     evaluated = [Evaluated(0, 3.25, 9, 0.1), Evaluated(2, 2.75, 9, 0.1)]
     run = write_run(
@@ -258,9 +249,10 @@ def test_a_running_run_shows_progress_time_left_and_all_plots(write_run, hold, m
     run.worker_log.write_text("12:00:00 step 2\n")
     hold(run)
     shown = train_tab.view(run)
-    text = Read(shown[0]).text
+    read = Read(shown["status"])
+    text = read.text
     assert text[:2] == [HOSTILE, " "] and text[2] == "running"
-    facts = dict(zip(text[3::2], text[4::2], strict=True))
+    facts = dict(zip(text[3:15:2], text[4:15:2], strict=True))
     assert facts == {
         "Step": "2 of 8",
         "Time left": "3 s",
@@ -269,15 +261,16 @@ def test_a_running_run_shows_progress_time_left_and_all_plots(write_run, hold, m
         "Runs on": "cpu, weights bfloat16",
         "Memory shown": "resident memory of the process",
     }
-    assert 'aria-valuenow="2" aria-valuemax="8"' in shown[0] and "width:25.0%" in shown[0]
-    assert plots(shown) == {
-        "loss": [(1, 3.0, "training"), (2, 2.5, "training"), (0, 3.25, "held-out rows"), (2, 2.75, "held-out rows")],
-        "learning rate": [(1, 1e-3), (2, 1e-3)],
-        "gradient norm": [(1, 0.25), (2, 0.25)],
-        "GB": [(1, 2.0), (2, 2.0)],
-        "tokens/s": [(1, 240.0), (2, 240.0)],
-    }
-    assert (shown[6], shown[7].interactive) == ("12:00:00 step 2", True)
+    assert 'aria-valuenow="2" aria-valuemax="8"' in shown["status"] and "width:25.0%" in shown["status"]
+    assert read.pictures == [
+        "Loss (nats per token): training 2.5, held-out rows 2.75",
+        "Learning rate: 0.001",
+        "Gradient norm: 0.25",
+        "Memory (GB): 2",
+        "Tokens per second: 240",
+    ]
+    assert shown["worker-log"] == "12:00:00 step 2"
+    assert train_tab.stop_button(run).interactive is True
 
 
 @pytest.mark.parametrize(
@@ -303,12 +296,11 @@ def test_a_run_that_has_ended_says_how_and_cannot_be_stopped(events, status, wor
     run = write_run(events)
     run.adapter_folder.mkdir()
     (run.adapter_folder / "adapter_config.json").write_text("{}")
-    shown = train_tab.view(run)
-    read = Read(shown[0])
-    assert read.text[2] == status and read.text[-1] == words
+    read = Read(train_tab.view(run)["status"])
+    assert read.text[2] == status and words in read.text
     assert "img" not in read.tags
     assert "Time left" not in read.text
-    assert shown[7].interactive is False
+    assert train_tab.stop_button(run).interactive is False
 
 
 @pytest.mark.parametrize(
@@ -318,49 +310,24 @@ def test_a_run_that_has_ended_says_how_and_cannot_be_stopped(events, status, wor
 def test_before_the_first_step_the_worker_s_last_word_is_shown(events, words, write_run, hold):
     run = write_run(events)
     hold(run)
-    assert Read(train_tab.view(run)[0]).text[-1] == words
+    assert words in Read(train_tab.view(run)["status"]).text
 
 
 def test_a_run_stopped_before_its_first_step_does_not_claim_an_adapter(write_run):
-    assert "The adapter is saved" not in train_tab.view(write_run([Finished(0, "stopped", 0)]))[0]
+    assert "The adapter is saved" not in train_tab.view(write_run([Finished(0, "stopped", 0)]))["status"]
 
 
 def test_the_stop_button_says_what_it_does_again_in_the_next_run(write_run, hold):
     run = write_run([STARTED, step(1)])
     hold(run)
-    assert update(train_tab.view(run)[7]).get("value") == "Stop and save"
+    assert update(train_tab.stop_button(run)).get("value") == "Stop and save"
 
 
 def test_a_run_that_was_asked_to_stop_is_not_asked_again(write_run, hold):
     run = write_run([STARTED, step(1)])
     hold(run)
     run.ask_to_stop()
-    assert update(train_tab.view(run)[7])["interactive"] is False
-
-
-def test_a_plot_leaves_out_what_is_not_finite():
-    rows = [(1, 2.0, "training"), (2, math.nan, "training"), (3, math.inf, "training"), (4, 1.0, "held-out rows")]
-    loss = train_tab.frame(rows, "loss")
-    assert list(loss.columns) == ["step", "loss", "series"]
-    assert loss["step"].tolist() == [1, 4]
-    assert list(train_tab.frame([(1, 0.5)], "GB").columns) == ["step", "GB"]
-
-
-@pytest.mark.parametrize("length", [1, train_tab.MAX_POINTS, train_tab.MAX_POINTS + 1, 12_345, 100_000])
-def test_a_long_series_is_thinned_and_keeps_spikes_and_order(length):
-    rows = [(i, 1.0 + i / length) for i in range(length)]
-    rows[length // 3], rows[length // 2] = (length // 3, 99.0), (length // 2, -99.0)
-    kept = train_tab.thin(rows)
-    assert len(kept) <= train_tab.MAX_POINTS
-    assert length > train_tab.MAX_POINTS or kept == rows
-    assert {rows[length // 3], rows[length // 2]} <= set(kept) <= set(rows)
-    assert kept == sorted(kept)
-
-
-def test_a_spike_beside_a_number_that_is_none_is_kept():
-    rows = [(i, 1.0, "training") for i in range(1_000)]
-    rows[0], rows[1] = (0, math.nan, "training"), (1, 99.0, "training")
-    assert 99.0 in train_tab.frame(train_tab.thin(rows), "loss")["loss"].tolist()
+    assert update(train_tab.stop_button(run))["interactive"] is False
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,163 @@
+"""Numbers -> charts that are drawn anew every other second, cheap enough to watch beside a training.
+
+A page that redraws a chart takes time from the cores that train. Here a chart is a few hundred bytes of
+SVG without a script, stretched to the width it is given; its words are HTML, so that they do not stretch.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+MAX_POINTS = 400
+_WIDTH, _HEIGHT = 1000, 100  # of the drawing's own units; it is stretched to the page's
+_MAX_STRIPS = 60
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One series of a chart.
+
+    Attributes:
+        name: What the key calls it; "" where the chart's title says it all.
+        color: Any CSS colour.
+        points: (step, value), steps rising; values that are not finite leave a gap.
+        dots: Whether each point is marked, too.
+        thickness: Of the line, in pixels.
+    """
+
+    name: str
+    color: str
+    points: Sequence[Point]
+    dots: bool = False
+    thickness: float = 1.5
+
+
+def chart(title: str, curves: Sequence[Curve], *, height: int, empty: str = "") -> str:
+    """Returns HTML of a chart of one or more curves over the same steps.
+
+    Args:
+        title: What is drawn, and its unit.
+        curves: The series; those without a finite value are only named in the key.
+        height: Of the drawing, in pixels.
+        empty: What stands there while there is nothing to draw.
+    """
+    drawn = [Curve(c.name, c.color, thin(c.points), c.dots, c.thickness) for c in curves]
+    finite = [p for c in drawn for p in c.points if _can_be_drawn(p[1])]
+    if not finite:
+        return (
+            f'<figure class="live"><figcaption><b>{escape(title)}</b></figcaption>'
+            f'<div class="plot" style="height:{height}px"><span class="none">{escape(empty)}</span></div></figure>'
+        )
+    left, right = min(x for x, _ in finite), max(x for x, _ in finite)
+    if left == right:
+        left, right = left - 0.5, right + 0.5
+    low, high = min(y for _, y in finite), max(y for _, y in finite)
+    spare = max(0.06 * (high - low), 0.002 * abs(high), 0.002 * abs(low))  # so that rounding looks as small as it is
+    spare = spare if spare > 1e-290 else 1.0
+    # A value that is never negative has no negative axis.
+    low, high = (max(0.0, low - spare) if low >= 0 else low - spare), high + spare
+
+    def across(x: float) -> float:
+        return (x - left) / (right - left)
+
+    def down(y: float) -> float:
+        return (high - y) / (high - low)
+
+    parts, words = [], []
+    for tick in ticks(low, high, max(2, height // 45)):
+        parts.append(f'<path class="grid" d="M0 {_HEIGHT * down(tick):.2f}H{_WIDTH}"/>')
+        words.append(f'<span class="y" style="top:{100 * down(tick):.1f}%">{_number(tick)}</span>')
+    for tick in ticks(left, right, 4):
+        if tick == round(tick):
+            words.append(f'<span class="x" style="left:{100 * across(tick):.1f}%">{tick:g}</span>')
+    for curve in drawn:
+        parts.append(
+            _path(
+                curve,
+                [(_WIDTH * across(x), _HEIGHT * down(y) if _can_be_drawn(y) else math.nan) for x, y in curve.points],
+            )
+        )
+    parts += _strips(drawn, left, right)
+    key = "".join(
+        f'<span class="key" style="--key:{c.color}">{escape(c.name)} <b>{_number(c.points[-1][1])}</b></span>'
+        for c in drawn
+        if c.points
+    )
+    spoken = escape(
+        f"{title}: " + ", ".join(f"{c.name} {_number(c.points[-1][1])}".strip() for c in drawn if c.points), True
+    )
+    return (
+        f'<figure class="live"><figcaption><b>{escape(title)}</b>{key}</figcaption>'
+        f'<div class="plot" style="height:{height}px"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        f'preserveAspectRatio="none" role="img" aria-label="{spoken}">{"".join(parts)}</svg>'
+        f"{''.join(words)}</div></figure>"
+    )
+
+
+def thin(points: Sequence[Point]) -> list[Point]:
+    """Returns at most `MAX_POINTS` points: of each stretch the lowest and the highest, so that spikes stay."""
+    if len(points) <= MAX_POINTS:
+        return list(points)
+    stretch = math.ceil(2 * len(points) / (MAX_POINTS - 1))
+    kept: list[Point] = []
+    for start in range(0, len(points) - 1, stretch):
+        part = [p for p in points[start : min(start + stretch, len(points) - 1)] if _can_be_drawn(p[1])]
+        if part:
+            kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+    return [*kept[: MAX_POINTS - 1], points[-1]]  # the last as it stands: it is the one in the key
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Returns round numbers from `low` to `high`, evenly spaced, at most one more than `most`."""
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
+
+
+def _path(curve: Curve, places: Sequence[Point]) -> str:
+    """Returns a line through the finite places; a dot is a line of no length with round ends, so it stays round."""
+    style = f'stroke="{curve.color}" vector-effect="non-scaling-stroke"'
+    line, pen = [], "M"
+    for x, y in places:
+        if _can_be_drawn(y):
+            line.append(f"{pen}{x:.1f} {y:.2f}")
+            pen = "L"
+        else:
+            pen = "M"
+    drawn = f'<path d="{"".join(line)}" {style} stroke-width="{curve.thickness}"/>'
+    if curve.dots or len(line) == 1:
+        dots = "".join(f"M{x:.1f} {y:.2f}h0" for x, y in places if _can_be_drawn(y))
+        drawn += f'<path d="{dots}" {style} stroke-width="{4 * curve.thickness}" stroke-linecap="round"/>'
+    return drawn
+
+
+def _strips(curves: Sequence[Curve], left: float, right: float) -> list[str]:
+    """Returns strips that cannot be seen and tell, under the pointer, the last values up to there."""
+    steps = max((curve.points for curve in curves), key=len)
+    bounds = [steps[i][0] for i in range(0, len(steps), max(1, math.ceil(len(steps) / _MAX_STRIPS)))]
+    strips = []
+    for start, end in zip(bounds, [*bounds[1:], right], strict=True):
+        known = [(c.name, c.points[bisect_right(c.points, start, key=lambda p: p[0]) - 1]) for c in curves if c.points]
+        said = [f"{name} {_number(y)}".strip() for name, (x, y) in known if x <= start]
+        x, width = (_WIDTH * (start - left) / (right - left), _WIDTH * (end - start) / (right - left))
+        strips.append(
+            f'<rect x="{x:.1f}" width="{width:.1f}" height="{_HEIGHT}">'
+            f"<title>{escape(f'step {start:g}: ' + ', '.join(said))}</title></rect>"
+        )
+    return strips
+
+
+def _can_be_drawn(value: float) -> bool:
+    return abs(value) < 1e300  # false for NaN, too
+
+
+def _number(value: float) -> str:
+    if not _can_be_drawn(value):
+        return "not finite"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
