@@ -68,7 +68,7 @@ def chart(title: str, curves: Sequence[Curve], *, height: int, empty: str = "") 
         return (high - y) / (high - low)
 
     parts, words = [], []
-    for tick in ticks(low, high, max(2, height // 45)):
+    for tick in ticks(low, high, max(3, height // 50)):
         parts.append(f'<path class="grid" d="M0 {_HEIGHT * down(tick):.2f}H{_WIDTH}"/>')
         words.append(f'<span class="y" style="top:{100 * down(tick):.1f}%">{_number(tick)}</span>')
     for tick in ticks(left, right, 4):

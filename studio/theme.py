@@ -94,13 +94,13 @@ CSS = f"""
   margin: .5rem 0 .25rem; }}
 .progress > span {{ display: block; height: 100%; background: var(--adapted); transition: width .4s; }}
 @media (prefers-reduced-motion: reduce) {{ .progress > span {{ transition: none; }} }}
-.charts {{ display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem 1.5rem; margin-top: 1rem; }}
+.charts {{ display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .75rem 1.25rem; margin-top: 1rem; }}
 .charts > :first-child {{ grid-column: 1 / -1; }}
-.live {{ margin: 0; min-width: 0; contain: content; font-variant-numeric: tabular-nums; }}
+.live {{ margin: 0; padding: 0 .4rem 1.4rem 0; min-width: 0; contain: content; font-variant-numeric: tabular-nums; }}
 .live figcaption {{ display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .85rem; margin-bottom: .35rem; }}
 .live .key::before {{ content: ""; display: inline-block; width: .9rem; border-top: 3px solid var(--key);
   vertical-align: middle; margin-right: .35rem; }}
-.live .plot {{ position: relative; margin: 0 0 1.4rem 3.2rem; border-left: 1px solid var(--border-color-primary);
+.live .plot {{ position: relative; margin: 0 0 0 3.2rem !important; border-left: 1px solid var(--border-color-primary);
   border-bottom: 1px solid var(--border-color-primary); }}
 .live svg {{ position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; fill: none; }}
 .live svg rect {{ fill: transparent; }}

@@ -120,6 +120,26 @@ def dominant_colours(png):
     return {colour for count, colour in counted if count >= 20}
 
 
+def test_a_file_of_one_s_own_is_read_its_columns_guessed_and_a_bad_one_refused_in_words(trained, tmp_path):
+    page = trained
+    good, bad = tmp_path / "mine.csv", tmp_path / "broken.jsonl"
+    good.write_text('question,answer\n"Where, <b>if</b> at all?",At the quay.\nWhen?,At noon.\n', encoding="utf-8")
+    bad.write_text('{"a": "1"}\n{"a": \n', encoding="utf-8")
+    open_tab(page, "Data")
+    page.get_by_label("My own file").check()
+    page.locator("input[type=file]").first.set_input_files(good)
+    page.wait_for_function("document.querySelector('#data-summary').innerText.includes('2 rows')", timeout=WAIT)
+    assert page.locator("#column-prompt input").input_value() == "question"
+    assert page.locator("#column-completion input").input_value() == "answer"
+    page.wait_for_function("document.querySelector('#tokens').innerText.includes('quay')", timeout=WAIT)
+    assert "Where, <b>if</b> at all?" in page.locator("#preview").inner_text()
+    page.get_by_label("Remove file").or_(page.get_by_label("Clear")).first.click()
+    page.locator("input[type=file]").first.set_input_files(bad)
+    page.wait_for_selector("text=line 2", timeout=WAIT)
+    assert "Traceback" not in page.locator("body").inner_text()
+    assert "2 rows" in page.locator("#data-summary").inner_text(), "what was read before is still there"
+
+
 def test_the_spectrum_of_the_run_is_shown(trained):
     page = trained
     open_tab(page, "Spectrum")
