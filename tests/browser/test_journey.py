@@ -127,14 +127,19 @@ def test_a_file_of_one_s_own_is_read_its_columns_guessed_and_a_bad_one_refused_i
     bad.write_text('{"a": "1"}\n{"a": \n', encoding="utf-8")
     open_tab(page, "Data")
     page.get_by_label("My own file").check()
-    page.locator("input[type=file]").first.set_input_files(good)
+    upload = page.locator("#upload input[type=file]")
+    upload.wait_for(state="attached")
+    page.wait_for_timeout(1000)  # nobody chooses a file faster; in its first moments the field forgets one
+    upload.set_input_files(good)
     page.wait_for_function("document.querySelector('#data-summary').innerText.includes('2 rows')", timeout=WAIT)
     assert page.locator("#column-prompt input").input_value() == "question"
     assert page.locator("#column-completion input").input_value() == "answer"
-    page.wait_for_function("document.querySelector('#tokens').innerText.includes('quay')", timeout=WAIT)
+    page.wait_for_function(
+        r"document.querySelector('#tokens').innerText.replace(/\s/g, '').includes('Atthequay')", timeout=WAIT
+    )
     assert "Where, <b>if</b> at all?" in page.locator("#preview").inner_text()
-    page.get_by_label("Remove file").or_(page.get_by_label("Clear")).first.click()
-    page.locator("input[type=file]").first.set_input_files(bad)
+    page.locator("#upload").get_by_label("Clear").click()
+    upload.set_input_files(bad)
     page.wait_for_selector("text=line 2", timeout=WAIT)
     assert "Traceback" not in page.locator("body").inner_text()
     assert "2 rows" in page.locator("#data-summary").inner_text(), "what was read before is still there"
