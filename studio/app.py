@@ -10,7 +10,7 @@ import gradio as gr
 
 from core import TrainConfig, resolve_device
 from studio import jobs, theme, watch
-from studio.runs import RunSpec
+from studio.runs import Run, RunSpec
 from studio.state import Studio
 from studio.tabs import chat, data, model, runs, spectrum, train
 
@@ -128,7 +128,14 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
         parts |= train.view(run)
     stop = train.stop_button(run)
     turn = [[runs.label(some) for some in listed], [some.id for some in listed], stop.value, stop.interactive]
-    return {"parts": parts, "turn": json.dumps(turn)}
+    is_cpu_busy = any(some.is_running() and _trains_on_cpu(some) for some in listed)
+    seconds = watch.LOOK_SECONDS_ON_CPU if is_cpu_busy else watch.LOOK_SECONDS
+    return {"parts": parts, "turn": json.dumps(turn), "every": 1000 * seconds}
+
+
+def _trains_on_cpu(run: Run) -> bool:
+    run.log.refresh()
+    return run.log.started is not None and run.log.started.device == "cpu"
 
 
 def head_line(studio: Studio) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-MAX_POINTS = 400
+MAX_POINTS = 300
 _WIDTH, _HEIGHT = 1000, 100  # of the drawing's own units; it is stretched to the page's
-_MAX_STRIPS = 60
+_MAX_STRIPS = 40  # to point at, in a chart that is large enough for it
+_STRIP_HEIGHT = 200
 
 Point = tuple[float, float]
 
@@ -81,7 +82,8 @@ def chart(title: str, curves: Sequence[Curve], *, height: int, empty: str = "") 
                 [(_WIDTH * across(x), _HEIGHT * down(y) if _can_be_drawn(y) else math.nan) for x, y in curve.points],
             )
         )
-    parts += _strips(drawn, left, right)
+    if height >= _STRIP_HEIGHT:
+        parts += _strips(drawn, left, right)
     key = "".join(
         f'<span class="key" style="--key:{c.color}">{escape(c.name)} <b>{_number(c.points[-1][1])}</b></span>'
         for c in drawn
@@ -126,7 +128,7 @@ def _path(curve: Curve, places: Sequence[Point]) -> str:
     line, pen = [], "M"
     for x, y in places:
         if _can_be_drawn(y):
-            line.append(f"{pen}{x:.1f} {y:.2f}")
+            line.append(f"{pen}{x:.0f} {y:.1f}")
             pen = "L"
         else:
             pen = "M"

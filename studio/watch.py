@@ -1,18 +1,20 @@
 """How an open page keeps up with a run, and how little that may cost: it shares the cores that train.
 
-Every other second a page asks once for the parts that change and puts them where they belong, without Gradio's
+Every few seconds a page asks once for the parts that change and puts them where they belong, without Gradio's
 round of states for each of its components; a page that nobody sees asks for nothing.
 """
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+LOOK_SECONDS, LOOK_SECONDS_ON_CPU = 2, 4
+"""Time between two looks; longer while a run trains on the CPU, which the page's drawing would take from it."""
+
 QUEUE_SECONDS = 0.02
 """How often Gradio is to look for a waiting event; at its own 0.001 s an idle server takes a tenth of a core."""
 
 JS = """
-const every = 2000;
-let last = 0, open = null, run = null, turn = null;
+let every = 2000, last = 0, open = null, run = null, turn = null;
 const put = (id, html) => {
     const box = document.getElementById(id);
     if (box && box.shown !== html) { box.innerHTML = html; box.shown = html; }
@@ -22,6 +24,7 @@ const look = async () => {
     try {
         const now = await server.look({run: run, train: open});
         if (started !== last) return;  // it was asked for something else meanwhile
+        every = now.every;
         for (const [id, html] of Object.entries(now.parts)) put(id, html);
         if (turn !== now.turn) { turn = now.turn; trigger('turned'); }
     } catch (error) {
@@ -37,7 +40,8 @@ setInterval(() => {
     look();
 }, 400);
 """
-"""Runs in the page's head: `server.look` gives `parts`, id -> HTML, and `turn`; after a new one `turned` is raised."""
+"""Runs in the page's head. `server.look` gives `parts`, id -> HTML, `turn`, and `every`, the milliseconds to the next
+look; when `turn` is a new one, the event `turned` is raised."""
 
 _CALM = b"""<script>
 // Gradio's timers count tenths of a second in every frame, and one of them never ends: once a second will do.

@@ -227,6 +227,16 @@ def test_a_page_learns_what_is_new_and_when_the_list_or_the_button_has_to_turn(p
     assert look(page, run.id)["turn"] != running["turn"]
 
 
+def test_pages_look_less_often_while_the_cpu_they_would_draw_on_trains(page, write_run, hold):
+    run = write_run([STARTED])
+    assert look(page, run.id)["every"] == 1000 * watch.LOOK_SECONDS
+    hold(run)
+    assert look(page, run.id)["every"] == 1000 * watch.LOOK_SECONDS_ON_CPU > 1000 * watch.LOOK_SECONDS
+    on_a_gpu = write_run([dataclasses.replace(STARTED, device="cuda:0")])
+    page_of_its_own = write_run([])
+    assert on_a_gpu.id != page_of_its_own.id and look(page, on_a_gpu.id)["every"] > 2000, "another run still trains"
+
+
 def test_a_page_that_shows_another_tab_is_told_no_more_than_the_head(page, write_run):
     run = write_run([STARTED, STEP])
     news = look(page, run.id, train=False)
