@@ -179,6 +179,18 @@ class LoRAConfig(Config):
         "Matrices to adapt: names (q_proj, v_proj), one regular expression over the full path, or all-linear. "
         "The paper adapts the attention's query and value.",
     )
+    exclude_modules: str | tuple[str, ...] = setting(
+        (),
+        "Except",
+        "Matrices to leave alone among the targets: names, or one regular expression over the full path.",
+        advanced=True,
+    )
+    layers: str = setting(
+        "",
+        "Only layers",
+        "Which layers are adapted, from 0: 0-5, 8, 20- (20 and all after it). Empty: all.",
+        advanced=True,
+    )
     scaling: Literal["standard", "rslora"] = setting(
         "standard",
         "Scaling",
@@ -186,12 +198,31 @@ class LoRAConfig(Config):
         choices=("standard", "rslora"),
         advanced=True,
     )
-    init: Literal["kaiming", "gaussian"] = setting(
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = setting(
         "kaiming",
-        "Start of A",
-        "How A is drawn; B starts at zero, so ΔW starts at zero. kaiming: uniform, as in the authors' code. "
-        "gaussian: normal with variance 1/r, nearer to the paper's text.",
-        choices=("kaiming", "gaussian"),
+        "Start of A and B",
+        "kaiming: A uniform, B zero, as in the authors' code. gaussian: A normal with variance 1/r, nearer to the "
+        "paper's text. pissa (arXiv:2404.02948) and olora (arXiv:2406.01775): from W's own top directions.",
+        choices=("kaiming", "gaussian", "pissa", "olora"),
+        advanced=True,
+    )
+    dora: bool = setting(
+        False,
+        "DoRA",
+        "Also train the length of each row of W + ΔW (arXiv:2402.09353). Slower; ΔW is then no longer of low rank.",
+        advanced=True,
+    )
+    bias: Literal["none", "lora_only", "all"] = setting(
+        "none",
+        "Biases",
+        "Biases to train, too: none, those of the adapted matrices (lora_only), or all of the model.",
+        choices=("none", "lora_only", "all"),
+        advanced=True,
+    )
+    modules_to_save: tuple[str, ...] = setting(
+        (),
+        "Trained in full",
+        "Modules that are trained whole and saved with the adapter, by name: a classifier head, say.",
         advanced=True,
     )
     rank_pattern: dict[str, int] = setting(
@@ -214,6 +245,10 @@ class LoRAConfig(Config):
                 f"`target_modules` (={self.target_modules!r}) must name at least one matrix; "
                 f"for example q_proj, or {ALL_LINEAR}"
             )
+        try:
+            self.adapts_layer(0)
+        except ValueError:
+            problems.append(f"`layers` (={self.layers!r}) must be numbers and ranges, such as 0-5, 8, 20-")
         for field in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, field):
                 try:
@@ -227,6 +262,14 @@ class LoRAConfig(Config):
             if not 0 < value < float("inf"):
                 problems.append(f"`alpha_pattern[{name!r}]` (={value!r}) must be above 0")
         return problems
+
+    def adapts_layer(self, number: int) -> bool:
+        """Says whether `layers` takes in the layer of that number; -1, of no layer, only if it is empty."""
+        parts = [part.strip().partition("-") for part in self.layers.split(",") if self.layers.strip()]
+        ranges = [
+            (int(first), int(last) if last.strip() else math.inf if dash else int(first)) for first, dash, last in parts
+        ]
+        return not ranges or any(first <= number <= last for first, last in ranges)
 
     def scaling_for(self, r: int, alpha: float) -> float:
         """Returns the factor on B·A: alpha / r, or alpha / √r for rsLoRA."""
@@ -254,6 +297,14 @@ class TrainConfig(Config):
         "Size of an update. LoRA likes about ten times that of full fine-tuning: 1e-4 to 2e-3.",
         above=0,
         maximum=10,
+    )
+    lora_plus_ratio: float = setting(
+        1.0,
+        "LoRA+ ratio",
+        "B's learning rate over A's (arXiv:2402.12354). 1 is plain LoRA; its authors try 4 to 32.",
+        above=0,
+        maximum=1000,
+        advanced=True,
     )
     schedule: Literal["linear", "cosine", "constant"] = setting(
         "linear",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.errors import LoRAError
-from core.layers import Factors
+from core.matrices import Factors
 from core.spectrum import spectrum
 
 Directions = Literal["delta", "weight", "random"]

@@ -1,8 +1,7 @@
-"""Finding the matrices to adapt in a whole model, wrapping them, and giving them back."""
+"""Wrapping the matrices to adapt in a whole model, merging them, and giving everything back."""
 
 import copy
 import hashlib
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,116 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from core.config import ALL_LINEAR, LoRAConfig
-from core.errors import LoRAError, TargetError
-from core.layers import LoRALinear, matrix_shape
-
-
-@dataclass(frozen=True)
-class Target:
-    """One matrix that will be adapted.
-
-    Attributes:
-        path: Name of its module in the model.
-        out_features, in_features: Its shape as a map from in to out.
-        r: Its rank.
-        scaling: Its factor on B·A.
-    """
-
-    path: str
-    out_features: int
-    in_features: int
-    r: int
-    scaling: float
-
-    @property
-    def num_trainable(self) -> int:
-        """Entries of A and B: r · (in_features + out_features)."""
-        return self.r * (self.in_features + self.out_features)
-
-
-@dataclass(frozen=True)
-class Injection:
-    """What `inject` did, or would do, to a model.
-
-    Attributes:
-        config: The settings that were asked for.
-        targets: The matrices that are adapted, in the model's order.
-        by_pattern: For each pattern of `target_modules`, the paths that it matched.
-        unmatched: Paths of matrices that could be adapted and are not.
-        num_parameters: Entries of the base model; tied weights count once.
-    """
-
-    config: LoRAConfig
-    targets: tuple[Target, ...]
-    by_pattern: dict[str, tuple[str, ...]]
-    unmatched: tuple[str, ...]
-    num_parameters: int
-
-    @property
-    def num_trainable(self) -> int:
-        """Entries of all A and B."""
-        return sum(t.num_trainable for t in self.targets)
-
-    @property
-    def trainable_share(self) -> float:
-        """Trainable entries over the entries of the adapted model."""
-        return self.num_trainable / (self.num_parameters + self.num_trainable)
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Bytes of A and B as saved, in float32."""
-        return 4 * self.num_trainable
-
-
-def adaptable(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns path → (out_features, in_features) of every matrix that LoRA can adapt here.
-
-    Works on a model of the meta device, too: no weight is read. A layer that is adapted already
-    counts by its own path. A module that stands in several places counts once, by its first path;
-    one that is the whole model has no place to put a wrapper in and does not count.
-    """
-    wrapped = tuple(f"{path}." for path in lora_layers(model))
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            found[path] = (module.out_features, module.in_features)
-        elif path and (shape := matrix_shape(module)) is not None and not path.startswith(wrapped):
-            found[path] = shape
-    return found
-
-
-def plan(model: nn.Module, config: LoRAConfig) -> Injection:
-    """Returns what `inject` would do, changing nothing.
-
-    `target_modules` may be a list of names (`q_proj`, `self_attn.q_proj`, or a whole path: a name
-    fits at the end of a path, at a dot), one regular expression over the whole path, or
-    "all-linear": every matrix but the output head.
-
-    Raises:
-        TargetError: A pattern matches nothing.
-        LoRAError: A rank is larger than its matrix.
-    """
-    shapes = adaptable(model)
-    by_pattern = _match(model, config.target_modules, list(shapes))
-    chosen = {path for paths in by_pattern.values() for path in paths}
-    targets = []
-    for path, (out_features, in_features) in shapes.items():
-        if path in chosen:
-            r = int(_by_pattern(config.rank_pattern, path, config.r))
-            alpha = _by_pattern(config.alpha_pattern, path, config.alpha)
-            targets.append(Target(path, out_features, in_features, r, config.scaling_for(r, alpha)))
-    too_large = [t for t in targets if t.r > min(t.out_features, t.in_features)]
-    if too_large:
-        names = ", ".join(f"{t.path} ({t.out_features} × {t.in_features})" for t in too_large[:3])
-        more = f" and {len(too_large) - 3} more" if len(too_large) > 3 else ""
-        limit = min(min(t.out_features, t.in_features) for t in too_large)
-        raise LoRAError(
-            f"`r` (={max(t.r for t in too_large)}) must be at most {limit} to fit {names}{more}; "
-            "choose a smaller r, or give these matrices their own by rank_pattern."
-        )
-    unmatched = tuple(path for path in shapes if path not in chosen)
-    return Injection(config, tuple(targets), by_pattern, unmatched, count_parameters(model))
+from core.config import LoRAConfig
+from core.errors import LoRAError
+from core.fused import LoRAFused, LoRASlice, rows_of
+from core.layers import Wrapper, adapted_layer
+from core.targets import Injection, lora_layers, plan
 
 
 def inject(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> Injection:
@@ -138,48 +32,84 @@ def inject(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> Injection:
     return injection
 
 
-def wrap(model: nn.Module, injection: Injection, *, seed: int = 0) -> None:
-    """Carries `injection` out on `model`; `inject` for targets that are already known."""
+@dataclass
+class _Extra:
+    """A parameter that is trained as it is: its place, what stood there, and what is trained."""
+
+    module: nn.Module
+    attribute: str
+    original: nn.Parameter
+    trained: nn.Parameter
+
+    def put(self, parameter: nn.Parameter) -> None:
+        self.module.register_parameter(self.attribute, parameter)
+
+
+def wrap(model: nn.Module, injection: Injection, *, seed: int = 0, draw: bool = True) -> None:
+    """Carries `injection` out on `model`; `inject` for targets that are already known.
+
+    With `draw` False A and B are about to be set, so that no time goes into their start.
+
+    What is trained in full is a copy: the parameters that stood there come back with `eject`, and those of
+    another module that shares them do not move.
+    """
     if lora_layers(model):
         raise LoRAError("`model` must not be adapted already; call eject(model) first.")
     config = injection.config
-    object.__setattr__(model, "_lora_before", {name: p.requires_grad for name, p in model.named_parameters()})
-    object.__setattr__(model, "_lora_injection", injection)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    extras = {}
+    for name in injection.trained_in_full:
+        path, _, attribute = name.rpartition(".")
+        module, original = model.get_submodule(path), model.get_parameter(name)
+        extras[name] = _Extra(module, attribute, original, nn.Parameter(original.detach().clone()))
     model.requires_grad_(False)
     places = _places(model)
     for t in injection.targets:
-        base_layer = model.get_submodule(t.path)
-        layer = LoRALinear(
-            base_layer,
-            t.r,
-            t.scaling,
-            dropout=config.dropout,
-            init=config.init,
-            generator=torch.Generator().manual_seed(_seed_of(seed, t.path, t.r)),
-        )
+        generator = torch.Generator().manual_seed(_seed_of(seed, t.path, t.r))
+        init = config.init if draw else "kaiming"
+        options = {"dropout": config.dropout, "init": init, "dora": t.dora and draw, "generator": generator}
+        module = _submodule(model, t.path)
+        if module is not None:
+            layer: nn.Module = adapted_layer(module, t.r, t.scaling, **options)
+            _replace(model, places[module], layer)
+        else:
+            path, _, part = t.path.rpartition(".")
+            above, _, name = path.rpartition(".")
+            fused = model.get_submodule(path)
+            if not isinstance(fused, LoRAFused):
+                fused = LoRAFused(base_layer := fused)
+                _replace(model, places[base_layer], fused)
+            rows = rows_of(fused.base_layer, name, model.get_submodule(above), part)
+            fused.add(part, rows, t.r, t.scaling, **options)
+    for extra in extras.values():
+        extra.put(extra.trained)
+    object.__setattr__(model, "_lora_before", before)
+    object.__setattr__(model, "_lora_injection", injection)
+    object.__setattr__(model, "_lora_extras", extras)
+    for layer in (m for m in model.modules() if isinstance(m, Wrapper)):
         layer.train(model.training)
-        for path in places[base_layer]:
-            model.set_submodule(path, layer)
 
 
 def eject(model: nn.Module, *, keep_merged: bool = False) -> None:
-    """Takes the LoRA layers out again: the base layers come back as the same objects.
+    """Takes the LoRA layers out again: the base layers and parameters come back as the same objects.
 
     Args:
         model: An adapted model; one without LoRA layers is left as it is.
-        keep_merged: Leave W0 + ΔW in merged layers, to save the model as an ordinary one.
-            Otherwise they are unmerged first.
+        keep_merged: Leave W0 + ΔW in merged layers and what was trained in full, to save the model as an
+            ordinary one. Otherwise they are unmerged first.
     """
-    layers = lora_layers(model)
+    wrappers = [m for m in model.modules() if isinstance(m, Wrapper) and not isinstance(m, LoRASlice)]
     places = _places(model)
-    for layer in layers.values():
+    for layer in wrappers:
         if not keep_merged:
             layer.unmerge()
-        for path in places[layer]:
-            model.set_submodule(path, layer.base_layer)
-    if layers:
+        _replace(model, places[layer], layer.base_layer)
+    if wrappers:
         before = model.__dict__.pop("_lora_before", {})
         model.__dict__.pop("_lora_injection", None)
+        for extra in model.__dict__.pop("_lora_extras", {}).values():
+            if not keep_merged:
+                extra.put(extra.original)
         for name, p in model.named_parameters():
             p.requires_grad_(before.get(name, p.requires_grad))
 
@@ -196,9 +126,9 @@ def injection_of(model: nn.Module) -> Injection:
     return injection
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Returns path → LoRA layer, in the model's order."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, LoRALinear)}
+def trained_in_full(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns name → parameter of all that is trained as it is: biases, and `modules_to_save`."""
+    return {name: extra.trained for name, extra in model.__dict__.get("_lora_extras", {}).items()}
 
 
 def merge(model: nn.Module) -> None:
@@ -233,7 +163,8 @@ def merged_copy(model: nn.Module) -> nn.Module:
     layers = lora_layers(model)
     if not layers or any(layer.merged for layer in layers.values()):
         raise LoRAError("`model` must be adapted and unmerged to be copied merged; call inject, or unmerge(model).")
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    originals = [extra.original for extra in model.__dict__.get("_lora_extras", {}).values()]
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers(), *originals)}
     twin = copy.deepcopy(model, shared)
     twin.__dict__.pop("_lora_before")  # the weights are shared: the original decides what is trained
     merge(twin)
@@ -243,26 +174,50 @@ def merged_copy(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def strength(model: nn.Module, value: float) -> Iterator[None]:
-    """Sets the strength of every LoRA layer inside a `with` block: 0 gives the base model.
+    """Sets the strength of the whole adapter inside a `with` block: 0 gives the base model.
+
+    What is trained in full moves from what it was, at 0, to what it is now, at 1, and on.
 
     Raises:
         LoRAError: A layer is merged.
     """
     layers = list(lora_layers(model).values())
+    extras = list(model.__dict__.get("_lora_extras", {}).values())
     before = [layer.strength for layer in layers]
     try:
         for layer in layers:
             layer.strength = value
+        for extra in extras:
+            extra.put(_between(extra, value))
         yield
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer.strength = old
+        for extra in extras:
+            extra.put(extra.trained)
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Returns the entries of all weights; tied ones count once, A and B do not count."""
-    adapter = {id(p) for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)}
-    return sum(p.numel() for p in model.parameters() if id(p) not in adapter)
+def _between(extra: _Extra, value: float) -> nn.Parameter:
+    if value in (0.0, 1.0):
+        return extra.trained if value else extra.original
+    with torch.no_grad():
+        return nn.Parameter(torch.lerp(extra.original, extra.trained, value), requires_grad=False)
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    """Returns the module of that path, None where a fused projection's slice has it."""
+    module: nn.Module = model
+    for name in path.split("."):
+        found = module._modules.get(name)
+        if found is None:
+            return None
+        module = found
+    return module
+
+
+def _replace(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+    for path in paths:
+        model.set_submodule(path, module)
 
 
 def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -271,45 +226,6 @@ def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
     for path, module in model.named_modules(remove_duplicate=False):
         places.setdefault(module, []).append(path)
     return places
-
-
-def _match(model: nn.Module, patterns: str | Iterable[str], paths: list[str]) -> dict[str, tuple[str, ...]]:
-    """Returns pattern → matched paths; raises when a pattern matches nothing."""
-    if patterns == ALL_LINEAR:
-        head = _output_head_path(model)
-        by_pattern = {ALL_LINEAR: tuple(p for p in paths if p != head)}
-    elif isinstance(patterns, str):
-        try:
-            expression = re.compile(patterns)
-        except re.error as error:
-            raise TargetError(
-                f"`target_modules` (={patterns!r}) must be a valid regular expression ({error}); "
-                "to give names instead, use a list."
-            ) from error
-        by_pattern = {patterns: tuple(p for p in paths if expression.fullmatch(p))}
-    else:
-        by_pattern = {name: tuple(p for p in paths if p == name or p.endswith("." + name)) for name in patterns}
-    empty = [pattern for pattern, matched in by_pattern.items() if not matched]
-    if empty:
-        names = ", ".join(sorted({p.rpartition(".")[2] for p in paths})) or "none"
-        raise TargetError(
-            f"`target_modules` (={', '.join(empty)}) must match at least one matrix; this model has {names}."
-        )
-    return by_pattern
-
-
-def _output_head_path(model: nn.Module) -> str | None:
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    return next((path for path, module in model.named_modules() if module is head), None) if head is not None else None
-
-
-def _by_pattern(patterns: dict[str, int] | dict[str, float], path: str, default: float) -> float:
-    """Returns the value of the first pattern that fits the end of `path`, at a dot."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            return value
-    return default
 
 
 def _seed_of(seed: int, path: str, r: int) -> int:

@@ -1,86 +1,117 @@
-"""The adapted layer: h = W0·x + strength · scaling · B·A·x, with W0 frozen.
+"""The adapted layers: h = W0·x + strength · scaling · B·A·x, with W0 frozen; linear ones, embeddings, convolutions.
 
-Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3.
+Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3; for embeddings and convolutions the authors' code, loralib.
 """
 
 import math
-from dataclasses import dataclass
+import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from core.errors import LoRAError
+from core.matrices import (
+    CONVOLUTIONS,
+    Factors,
+    Layout,
+    dense_weight,
+    is_conv1d,
+    matrix_form,
+    matrix_shape,
+    plain_linear,
+)
 
 
-@dataclass(frozen=True)
-class Factors:
-    """ΔW = scaling · B·A of one matrix, never multiplied out.
+class Wrapper(nn.Module):
+    """A layer that stands in another's place, and can put W0 + ΔW in the place of W0."""
 
-    Attributes:
-        A: (r, in_features)
-        B: (out_features, r)
-        scaling: alpha / r, or alpha / √r for rsLoRA.
-    """
+    base_layer: nn.Module
 
-    A: Tensor
-    B: Tensor
-    scaling: float
+    def __init__(self) -> None:
+        """Starts unmerged; the base layer is still to be set."""
+        super().__init__()
+        # What _put() took out: a parameter, or a whole quantized layer. Not registered, so that it
+        # stays out of state_dict() and out of the optimizer.
+        self._unmerged: tuple[nn.Parameter | nn.Module, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # A model's own code may ask a layer for its kernel_size or num_embeddings.
+            base_layer = self.__dict__.get("_modules", {}).get("base_layer")
+            if base_layer is None or name.startswith("_"):
+                raise
+            return getattr(base_layer, name)
 
     @property
-    def r(self) -> int:
-        """The rank that the factors allow: the rows of A."""
-        return self.A.shape[0]
+    def merged(self) -> bool:
+        """Whether the base weight now holds W0 + ΔW."""
+        return bool(self._unmerged)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features) of ΔW."""
-        return self.B.shape[0], self.A.shape[1]
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Gives the base layer its own W0 back, bit for bit, as the same object."""
+        if not self.merged:
+            return
+        (original,) = self._unmerged
+        if isinstance(original, nn.Module):
+            self.base_layer = original
+        else:
+            now = self.base_layer.get_parameter("weight")
+            if original.device != now.device or original.dtype != now.dtype:  # the model was moved meanwhile
+                original.data = original.data.to(device=now.device, dtype=now.dtype)
+            self.base_layer.register_parameter("weight", original)
+        self._unmerged = ()
 
-    def delta_weight(self) -> Tensor:
-        """Returns ΔW = scaling · B·A, (out_features, in_features), in the factors' type."""
-        return self.scaling * (self.B @ self.A)
+    def _W0(self) -> Tensor:
+        """Returns W0 as it lies, merged or not, in a floating type."""
+        original = self._unmerged[0] if self.merged else self.base_layer
+        return dense_weight(original) if isinstance(original, nn.Module) else original.detach()
+
+    def _put(self, total: Tensor) -> None:
+        """Puts `total` in the place of W0, rounded to its type; what stood there is kept."""
+        base_layer = self.base_layer
+        weight = nn.Parameter(total.to(self._W0().dtype), requires_grad=False)
+        original: Any = getattr(base_layer, "weight", None)
+        if isinstance(original, nn.Parameter) and original.is_floating_point():
+            base_layer.register_parameter("weight", weight)
+            self._unmerged = (original,)
+            return
+        warnings.warn(
+            f"A {type(base_layer).__name__} is merged in {str(weight.dtype).removeprefix('torch.')}, not quantized: "
+            "quantizing W0 + ΔW again would change the function. unmerge gives the quantized layer back.",
+            stacklevel=3,
+        )
+        self.base_layer = plain_linear(base_layer, weight)
+        self._unmerged = (base_layer,)
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Says whether `module` is the `Conv1D` of GPT-2: a linear layer whose weight is (in, out)."""
-    weight = getattr(module, "weight", None)
-    return (
-        type(module).__name__ == "Conv1D"
-        and isinstance(getattr(module, "nf", None), int)
-        and isinstance(weight, Tensor)
-        and weight.dim() == 2
-        and weight.shape[1] == module.nf
-    )
-
-
-def matrix_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Returns (out_features, in_features) when LoRA can adapt `module`, else None."""
-    if is_conv1d(module):
-        in_features, out_features = module.get_parameter("weight").shape
-        return out_features, in_features
-    # nn.MultiheadAttention's out_proj: torch reads its weight past the module, so a wrapper would have no effect.
-    if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
-        return module.out_features, module.in_features
-    return None
-
-
-class LoRALinear(nn.Module):
-    """A frozen linear layer and a trainable low-rank update beside it.
+class LoRALayer(Wrapper):
+    """A frozen layer and a trainable low-rank update beside it: what all kinds of adapted layers share.
 
     h = W0·x + b + strength · scaling · B·A·dropout(x)
 
-    `base_layer` is an `nn.Linear` or a transformers `Conv1D`, whose weight lies transposed; A and B
-    have the same shapes for both. A and B are float32 whatever the base's type, so that small
-    updates are not lost; the product runs in the type of x.
+    A and B are float32 whatever the base's type, so that small updates are not lost; the product runs
+    in the type of x. B starts at zero (for an embedding A does), so the layer starts equal to its base.
 
-    The paper draws A from a normal distribution (§4.1); `init="kaiming"` is the authors' code
-    instead. B starts at zero in both, so the layer starts equal to its base.
+    Three ways to start A and B: "kaiming" and "gaussian" draw A at random. The paper draws it from a
+    normal distribution (§4.1); kaiming is the authors' code instead. "pissa" (arXiv:2404.02948) and
+    "olora" (arXiv:2406.01775) start from W0's own top directions, A0 and B0, and train B·A − B0·A0
+    there. They take B0·A0 out of W0; here W0 stays whole and B0·A0 stands beside it, frozen: the same
+    function and gradients, but equal to the base bit for bit at the start, for quantized and tied weights, too.
+
+    With `dora` (arXiv:2402.09353) the rows of W0 + ΔW are brought to a trained length, the magnitude:
+    W' = magnitude / ‖W0 + ΔW‖_row · (W0 + ΔW), the norm taken as a constant as in the paper's §4.3.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_A0: Tensor | None
+    lora_B0: Tensor | None
+    magnitude: nn.Parameter | None
 
     def __init__(
         self,
@@ -90,6 +121,7 @@ class LoRALinear(nn.Module):
         *,
         dropout: float = 0.0,
         init: str = "kaiming",
+        dora: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         """Wraps `base_layer` and freezes it.
@@ -99,51 +131,50 @@ class LoRALinear(nn.Module):
             r: Rank. More than min(out_features, in_features) is a waste, but adapters of others have it.
             scaling: Factor on B·A.
             dropout: Share of x dropped before A, in training only.
-            init: "kaiming" or "gaussian".
+            init: "kaiming", "gaussian", "pissa" or "olora".
+            dora: Whether the rows' lengths are trained, too.
             generator: Source of A's random numbers, on the CPU, so that a seed gives one A on every device.
 
         Raises:
             LoRAError: The layer is of no kind that can be adapted, or `r` is below 1.
         """
         super().__init__()
-        shape = matrix_shape(base_layer)
+        shape = self._shape_in(base_layer)
         if shape is None:
             raise LoRAError(
-                f"`base_layer` (={type(base_layer).__name__}) must be nn.Linear or transformers' Conv1D; "
+                f"`base_layer` (={type(base_layer).__name__}) must be a linear layer (nn.Linear, transformers' Conv1D, "
+                "or one with in_features and out_features), an nn.Embedding or an nn.Conv1d, 2d or 3d; "
                 "choose other target_modules."
             )
         self.out_features, self.in_features = shape
         if r < 1:
             raise LoRAError(f"`r` (={r}) must be at least 1.")
-        self.base_layer = base_layer
-        self.base_layer.requires_grad_(False)
-        self.transposed = is_conv1d(base_layer)
+        self._attach(base_layer)
+        base_layer.requires_grad_(False)
         self.r = r
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout)
         self._strength = 1.0
-        # The parameter object that merge() took out; not a registered one, so that it stays out of
-        # state_dict() and out of the optimizer.
-        self._unmerged: tuple[nn.Parameter, ...] = ()
-        device = self.weight.device
-        self.lora_A = nn.Parameter(_draw_A(r, self.in_features, init, device, generator))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
+        device = next(t.device for t in (*base_layer.parameters(), *base_layer.buffers()))
+        A, B = self._start(init, device, generator)
+        self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
+        from_base = init in ("pissa", "olora")
+        self.register_buffer("lora_A0", A.clone() if from_base else None)
+        self.register_buffer("lora_B0", B.clone() if from_base else None)
+        self.register_parameter("magnitude", None)
+        if dora:
+            self.set_magnitude(self._row_norms())
 
     @property
     def weight(self) -> nn.Parameter:
-        """The base layer's weight as it lies there: (out, in), or (in, out) for Conv1D."""
+        """The base layer's weight as it lies there: (out, in), (in, out) for Conv1D and embeddings, or a kernel."""
         return self.base_layer.get_parameter("weight")
 
     @property
     def bias(self) -> nn.Parameter | None:
         """The base layer's bias, (out_features), or None."""
-        bias = self.base_layer.bias
+        bias = getattr(self.base_layer, "bias", None)
         return bias if isinstance(bias, nn.Parameter) else None
-
-    @property
-    def merged(self) -> bool:
-        """Whether the base weight now holds W0 + ΔW."""
-        return bool(self._unmerged)
 
     @property
     def strength(self) -> float:
@@ -160,20 +191,63 @@ class LoRALinear(nn.Module):
 
     @property
     def factors(self) -> Factors:
-        """A, B and scaling as they stand, detached; `strength` is not in them."""
-        return Factors(self.lora_A.detach(), self.lora_B.detach(), self.scaling)
+        """The update's factors as they stand, detached; `strength` and DoRA's magnitude are not in them.
+
+        Started by "pissa" or "olora", the update is scaling · (B·A − B0·A0), of rank up to 2r: A on A0, B beside −B0.
+        """
+        A, B = self.lora_A.detach(), self.lora_B.detach()
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            A, B = torch.cat([A, self.lora_A0]), torch.cat([B, -self.lora_B0], dim=1)
+        return Factors(A, B, self.scaling, self._layout())
+
+    def set_factors(self, factors: Factors, magnitude: Tensor | None = None) -> None:
+        """Copies A, B and DoRA's magnitude in, of the shapes that the layer has; the start of "pissa" is given up.
+
+        Args:
+            factors: A (r, in_features), B (out_features, r).
+            magnitude: (out_features), or None for plain LoRA.
+        """
+        self.lora_A0 = self.lora_B0 = None
+        with torch.no_grad():
+            self.lora_A.copy_(factors.A)
+            self.lora_B.copy_(factors.B)
+        self.magnitude = None
+        if magnitude is not None:
+            self.set_magnitude(magnitude)
+
+    def set_magnitude(self, magnitude: Tensor) -> None:
+        """Makes the layer one of DoRA's whose rows are trained to these lengths, (out_features)."""
+        self.magnitude = nn.Parameter(magnitude.detach().clone().to(self.lora_A))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns h, (…, out_features), for x, (…, in_features)."""
+        """Returns h, as the base layer would for x."""
         h = self.base_layer(x)
-        if self.merged or self._strength == 0.0:
-            return h
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
-        return torch.add(h, F.linear(low, self.lora_B.to(low.dtype)), alpha=self._strength * self.scaling)
+        return h if self.merged or self._strength == 0.0 else self._adapted(x, h)
+
+    def _adapted(self, x: Tensor, h: Tensor) -> Tensor:
+        """Returns h + strength · ΔW·x for h = W0·x + b; x and h as the base layer takes and gives them."""
+        x = self._dropped(x)
+        update = self._product(x, self.lora_A, self.lora_B, h.dtype)
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            # The same operations, so that the difference starts at exactly zero.
+            update = update - self._product(x, self.lora_A0, self.lora_B0, h.dtype)
+        if self.magnitude is None:
+            return torch.add(h, update, alpha=self._strength * self.scaling)
+        gain = self._across((self.magnitude / self._row_norms()).to(h.dtype), h)
+        from_base = h if self.bias is None else h - self._across(self.bias.to(h.dtype), h)
+        return h + self._strength * ((gain - 1) * from_base + self.scaling * gain * update)
 
     def delta_weight(self) -> Tensor:
-        """Returns ΔW = scaling · B·A, (out_features, in_features), float32."""
-        return self.factors.delta_weight()
+        """Returns ΔW, (out_features, in_features), float32: scaling · B·A, or with DoRA all of W' − W0."""
+        delta = self.factors.delta_weight()
+        if self.magnitude is None:
+            return delta
+        gain = (self.magnitude.detach() / self._row_norms())[:, None]
+        return (gain - 1) * self.weight_matrix().to(delta.dtype) + gain * delta
+
+    def weight_matrix(self) -> Tensor:
+        """Returns W0 as a map from in to out, (out_features, in_features); dequantized where it must be."""
+        return self._as_matrix(self._W0())
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -181,34 +255,180 @@ class LoRALinear(nn.Module):
 
         W0 itself is kept: the base layer gets a new parameter, and `unmerge` gives the old one
         back. So a weight that is shared with another module (a tied embedding) is not changed
-        there. The sum is taken in float32 or better and rounded once to the weight's type.
+        there. The sum is taken in float32 or better and rounded once to the weight's type. A quantized
+        layer gives way to an unquantized one in bfloat16, with a warning that says so.
 
         Source: Hu et al. 2021, arXiv:2106.09685, §4.1, "No Additional Inference Latency".
         """
         if self.merged:
             return
-        original = self.weight
-        exact = torch.promote_types(original.dtype, torch.float32)
-        delta = (self._strength * self.scaling) * (self.lora_B.to(exact) @ self.lora_A.to(exact))
-        total = original.to(exact) + (delta.T if self.transposed else delta)
-        self.base_layer.register_parameter("weight", nn.Parameter(total.to(original.dtype), requires_grad=False))
-        self._unmerged = (original,)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Gives the base layer its own W0 back, bit for bit, as the same object."""
-        if not self.merged:
-            return
-        (original,) = self._unmerged
-        now = self.weight
-        if original.device != now.device or original.dtype != now.dtype:  # the model was moved meanwhile
-            original.data = original.data.to(device=now.device, dtype=now.dtype)
-        self.base_layer.register_parameter("weight", original)
-        self._unmerged = ()
+        W0 = self._W0()
+        exact = torch.promote_types(W0.dtype, torch.float32)
+        self._put(W0.to(exact) + self._delta_as_weight(exact).view(W0.shape))
 
     def extra_repr(self) -> str:
         """Returns what `print(model)` shows of this layer."""
         return f"r={self.r}, scaling={self.scaling:g}, strength={self._strength:g}, merged={self.merged}"
+
+    # What a kind of layer has to say for itself.
+
+    def _layout(self) -> Layout:
+        return Layout()
+
+    def _attach(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+
+    def _shape_in(self, base_layer: nn.Module) -> tuple[int, int] | None:
+        return matrix_shape(base_layer)
+
+    def _product(self, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns B·A·x as the base layer would give it for a weight of B·A."""
+        raise NotImplementedError
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return self.dropout(x)
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        """Returns a weight as it lies in the base layer as a matrix, (out_features, in_features)."""
+        return weight
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        """Returns the opposite of `_as_matrix`."""
+        return matrix
+
+    def _across(self, values: Tensor, h: Tensor) -> Tensor:
+        """Returns (out_features) values so that they go with the features of h."""
+        return values
+
+    def _delta_as_weight(self, dtype: torch.dtype) -> Tensor:
+        """Returns strength · ΔW as the weight lies, in `dtype`."""
+        if self.magnitude is not None:
+            return self._as_weight(self._strength * self.delta_weight().to(dtype))
+        f = self.factors
+        return self._as_weight((self._strength * f.scaling) * (f.B.to(dtype) @ f.A.to(dtype)))
+
+    def _start(self, init: str, device: torch.device, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """Returns A and B at the start."""
+        B = torch.zeros(self.out_features, self.r, device=device)
+        if init in ("pissa", "olora"):
+            if device.type == "meta":
+                return torch.empty(self.r, self.in_features, device=device), B
+            start = _pissa if init == "pissa" else _olora
+            return start(self.weight_matrix().float(), self.r, self.scaling)
+        return _draw_A(self.r, self.in_features, init, device, generator), B
+
+    @torch.no_grad()
+    def _row_norms(self) -> Tensor:
+        """Returns ‖W0 + ΔW‖ of each row, (out_features), in the type of A, from the factors.
+
+        ‖W + s·B·A‖² = ‖W‖² + 2s·⟨W·Aᵀ, B⟩ + s²·⟨B·(A·Aᵀ), B⟩, row by row: ΔW is not formed.
+        """
+        W, f = self.weight_matrix().to(self.lora_A.dtype), self.factors
+        cross = ((W @ f.A.T) * f.B).sum(1)
+        own = ((f.B @ (f.A @ f.A.T)) * f.B).sum(1)
+        return (W.square().sum(1) + 2 * f.scaling * cross + f.scaling**2 * own).clamp_min(0).sqrt()
+
+
+class LoRALinear(LoRALayer):
+    """An adapted linear layer: `nn.Linear`, transformers' `Conv1D`, or one that only has in_features and out_features.
+
+    `Conv1D` keeps its weight transposed; A and B have the same shapes for all.
+    """
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight lies as (in, out)."""
+        return is_conv1d(self.base_layer)
+
+    def _layout(self) -> Layout:
+        return Layout(transposed=self.transposed)
+
+    def _shape_in(self, base_layer: nn.Module) -> tuple[int, int] | None:
+        return matrix_shape(base_layer) if matrix_form(base_layer) == "linear" else None
+
+    def _product(self, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+        low = F.linear(x, A.to(x.dtype))
+        return F.linear(low, B.to(low.dtype)).to(dtype)
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T if self.transposed else weight
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.T if self.transposed else matrix
+
+
+class LoRAEmbedding(LoRALayer):
+    """An adapted `nn.Embedding`: A, (r, num_embeddings), starts at zero and B, (embedding_dim, r), at random.
+
+    As in loralib. Dropout does not apply: its input is a token's number.
+    """
+
+    def _shape_in(self, base_layer: nn.Module) -> tuple[int, int] | None:
+        return matrix_shape(base_layer) if matrix_form(base_layer) == "embedding" else None
+
+    def _layout(self) -> Layout:
+        return Layout("embedding")
+
+    def _product(self, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+        embedding: Any = self.base_layer
+        low = F.embedding(x, A.T.to(dtype), embedding.padding_idx)
+        return F.linear(low, B.to(dtype))
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return x
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+    def _start(self, init: str, device: torch.device, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        if init in ("pissa", "olora"):
+            return super()._start(init, device, generator)
+        A = torch.zeros(self.r, self.in_features, device=device)
+        if device.type == "meta":
+            return A, torch.empty(self.out_features, self.r, device=device)
+        return A, torch.empty(self.out_features, self.r).normal_(generator=generator).to(device)
+
+
+class LoRAConv(LoRALayer):
+    """An adapted `nn.Conv1d`, `2d` or `3d`: ΔW is of rank r as a matrix (out_channels, in_channels / groups · kernel).
+
+    Without groups x goes through r kernels, A, and their outputs are mixed by B, as a 1 × 1 convolution. With groups
+    ΔW is multiplied out, as it has the weight's own shape there, too; so it always merges. (loralib's matrix is of
+    another shape, out · k by in · k, and fits only square kernels.)
+    """
+
+    def _shape_in(self, base_layer: nn.Module) -> tuple[int, int] | None:
+        return matrix_shape(base_layer) if matrix_form(base_layer) == "convolution" else None
+
+    def _layout(self) -> Layout:
+        return Layout("convolution", kernel=tuple(self.weight.shape[1:]))
+
+    def _product(self, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+        conv: Any = self.base_layer
+        shape = self.weight.shape
+        if conv.groups > 1:
+            return conv._conv_forward(x, (B @ A).to(x.dtype).view(shape), None).to(dtype)
+        low = conv._conv_forward(x, A.to(x.dtype).view(self.r, *shape[1:]), None)
+        mix = B.to(low.dtype).view(self.out_features, self.r, *(1 for _ in shape[2:]))
+        return CONVOLUTIONS[type(conv)](low, mix).to(dtype)
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def _as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.weight.shape)
+
+    def _across(self, values: Tensor, h: Tensor) -> Tensor:
+        return values.view(-1, *(1 for _ in self.weight.shape[2:]))
+
+
+def adapted_layer(base_layer: nn.Module, r: int, scaling: float, **options: Any) -> LoRALayer:
+    """Returns `base_layer` in the LoRA layer of its kind; arguments and errors as of `LoRALayer`."""
+    kinds = {"embedding": LoRAEmbedding, "convolution": LoRAConv}
+    return kinds.get(matrix_form(base_layer) or "", LoRALinear)(base_layer, r, scaling, **options)
 
 
 def _draw_A(r: int, in_features: int, init: str, device: torch.device, generator: torch.Generator | None) -> Tensor:
@@ -221,3 +441,16 @@ def _draw_A(r: int, in_features: int, init: str, device: torch.device, generator
         bound = 1 / math.sqrt(in_features)
         A.uniform_(-bound, bound, generator=generator)
     return A.to(device)
+
+
+def _pissa(W: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Returns A and B of the top r singular directions of W, split evenly (arXiv:2404.02948, eq. 2 and 3)."""
+    U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+    root = (sigma[:r] / scaling).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root
+
+
+def _olora(W: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Returns A and B as the first r rows of R and columns of Q, W = Q·R (arXiv:2406.01775, alg. 1)."""
+    Q, R = torch.linalg.qr(W)
+    return R[:r].contiguous(), Q[:, :r].contiguous()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.errors import LoRAError
-from core.layers import Factors
+from core.matrices import Factors
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from core.config import TrainConfig
 from core.devices import memory_bytes, memory_source, peak_memory_bytes
 from core.errors import LoRAError, NonFiniteLossError
 from core.events import Evaluated, Event, Finished, Started, Step
-from core.inject import count_parameters, lora_layers
+from core.targets import count_parameters, lora_layers
 
 IGNORED = -100
 """The label of a token that is not trained, as in torch's cross-entropy."""
@@ -53,11 +54,12 @@ def train(
         raise LoRAError("`model` must be adapted before it is trained; call inject(model, LoRAConfig()) first.")
     if any(layer.merged for layer in layers.values()):
         raise LoRAError("`model` must not be merged while it is trained; call unmerge(model) first.")
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = _parameter_groups(model, config)
+    parameters = [p for group in groups for p in group["params"]]
     first = next(iter(layers.values()))
     device, dtype = first.lora_A.device, first.weight.dtype
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
+        groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
     )
     num_trainable = sum(p.numel() for p in parameters)
     if eval_batches is not None and iter(eval_batches) is eval_batches:
@@ -89,6 +91,18 @@ def train(
         model.eval()  # also when the consumer stops early: dropout must not stay on
 
 
+def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Returns what is trained, B apart where LoRA+ gives it another rate (arXiv:2402.12354)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if config.lora_plus_ratio == 1.0:
+        return [{"params": trained, "ratio": 1.0}]
+    B = {id(layer.lora_B) for layer in lora_layers(model).values()}
+    return [
+        {"params": [p for p in trained if id(p) not in B], "ratio": 1.0},
+        {"params": [p for p in trained if id(p) in B], "ratio": config.lora_plus_ratio},
+    ]
+
+
 def _evaluates_after(step: int, config: TrainConfig) -> bool:
     return step == config.steps or (config.eval_every > 0 and step % config.eval_every == 0)
 
@@ -106,7 +120,7 @@ def _step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rate = learning_rate(config, step)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["ratio"]
     with _seeded(parameters[0].device, config.seed, step):
         loss = _backward(model, micro_batches, step)
     grad_norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf).item()

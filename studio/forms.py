@@ -63,6 +63,8 @@ def widget(s: Setting, value: Any) -> Any:
     common = {"label": s.label, "info": s.help, "elem_id": f"setting-{s.name}", "min_width": 220}
     if s.choices is not None:
         return gr.Radio(list(s.choices), value=value, **common)
+    if s.type is bool:
+        return gr.Checkbox(value=value, **common)
     if s.type in (int, float):
         # Bounds are checked with a better message when the form is used.
         return gr.Number(value=value, precision=0 if s.type is int else None, **common)
@@ -86,6 +88,8 @@ def _from_widget(s: Setting, value: Any) -> Any:
         return table
     if not isinstance(value, str):
         return value
+    if isinstance(s.default, tuple) and re.fullmatch(r"[\w.]*", value.strip()):
+        return (value.strip(),) if value.strip() else ()
     if s.type is not str and s.choices is None and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value.strip()):
         return tuple(re.split(r"\s*,\s*", value.strip()))  # names; anything else is one expression
     return value.strip()

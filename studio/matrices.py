@@ -35,11 +35,13 @@ class MatrixKind:
         name: The name inside a layer.
         shape: (out_features, in_features) of the first.
         num_layers: How many there are.
+        form: "linear", "slice" of a fused projection, "embedding" or "convolution".
     """
 
     name: str
     shape: tuple[int, int]
     num_layers: int
+    form: str = "linear"
 
     @property
     def is_attention(self) -> bool:
@@ -52,23 +54,27 @@ class MatrixKind:
         return self.name.rpartition(".")[2]
 
 
-def kinds(shapes: Mapping[str, tuple[int, int]]) -> list[MatrixKind]:
-    """Returns the kinds of matrices among path → shape, in the model's order."""
+def kinds(shapes: Mapping[str, tuple[int, int]], form: str = "linear") -> list[MatrixKind]:
+    """Returns the kinds of matrices among path → shape, all of one form, in the model's order."""
     found: dict[str, tuple[tuple[int, int], int]] = {}
     for path, shape in shapes.items():
         name = layer_and_matrix(path)[1]
         first, count = found.get(name, (shape, 0))
         found[name] = (first, count + 1)
-    return [MatrixKind(name, shape, count) for name, (shape, count) in found.items()]
+    return [MatrixKind(name, shape, count, form) for name, (shape, count) in found.items()]
 
 
 def presets(found: Iterable[MatrixKind]) -> dict[str, list[str]]:
-    """Returns the usual choices of matrices for a model: title → names. Those that it cannot make are absent."""
-    found = [k for k in found if k.num_layers > 1] or list(found)
+    """Returns the usual choices of matrices for a model: title → names. Those that it cannot make are absent.
+
+    Query and value may be slices of a fused projection; the other choices take it whole.
+    """
+    found = list(found)
     query_value = [k.name for k in found if k.leaf in _QUERY | _VALUE]
-    attention = [k.name for k in found if k.is_attention]
-    choices = {"Query and value (the paper)": query_value, "All attention": attention}
-    return {
-        **{title: names for title, names in choices.items() if names},
-        "All linear": [k.name for k in found],
+    linear = [k for k in found if k.form == "linear"]
+    linear = [k for k in linear if k.num_layers > 1] or linear
+    choices = {
+        "Query and value (the paper)": query_value,
+        "All attention": [k.name for k in linear if k.is_attention],
     }
+    return {**{title: names for title, names in choices.items() if names}, "All linear": [k.name for k in linear]}

@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from core import ALL_LINEAR, LoRAConfig, LoRAError, adaptable, plan
+from core import ALL_LINEAR, FORMS, LoRAConfig, LoRAError, adaptable, plan, settings
 from studio import matrices, models, theme
 from studio.forms import Form
 from studio.state import Studio
@@ -45,8 +45,8 @@ def parse(form: Form, values: list[Any]) -> tuple[str, LoRAConfig]:
     Raises:
         LoRAError: No matrix is chosen, or a setting is out of range.
     """
-    model, preset, names, pattern, *settings = values
-    return model, LoRAConfig.from_dict(form.values(settings) | {"target_modules": targets(preset, names, pattern)})
+    model, preset, names, pattern, *widgets = values
+    return model, LoRAConfig.from_dict(form.values(widgets) | {"target_modules": targets(preset, names, pattern)})
 
 
 def targets(preset: str, names: list[str], pattern: str) -> str | tuple[str, ...]:
@@ -58,6 +58,13 @@ def targets(preset: str, names: list[str], pattern: str) -> str | tuple[str, ...
     if not names:
         raise LoRAError("`target_modules` (=nothing) must name at least one matrix; tick some in the Model tab.")
     return tuple(names)
+
+
+def label(kind: matrices.MatrixKind) -> str:
+    """Returns what the picker says of one kind of matrix."""
+    notes = {"linear": "", "slice": f" · part of {kind.name.rpartition('.')[0]}"}
+    note = notes.get(kind.form, f" · {kind.form}")
+    return f"{kind.name} · {kind.shape[0]} × {kind.shape[1]} · {kind.num_layers}×{note}"
 
 
 def facts_view(info: models.ModelInfo) -> str:
@@ -104,7 +111,7 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
             gr.Markdown("### The adapter\nΔW = (alpha / r) · B·A, added to each matrix that you pick.")
             preset = gr.Radio(["All linear"], value="All linear", label="Which matrices", elem_id="preset")
             names = gr.CheckboxGroup([], label="Matrices in each layer (out × in)", elem_id="matrices")
-            form = Form(LoRAConfig, ["r", "alpha", "dropout", "scaling", "init", "rank_pattern", "alpha_pattern"])
+            form = Form(LoRAConfig, [s.name for s in settings(LoRAConfig) if s.name != "target_modules"])
             with gr.Accordion("By pattern", open=False):
                 pattern = gr.Textbox(
                     label="Regular expression over whole paths",
@@ -122,14 +129,18 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
         except LoRAError as error:  # said where the cost would stand: the form is still being filled in
             return theme.said(str(error), "error")
 
+    def found_in(chosen: str) -> list[matrices.MatrixKind]:
+        skeleton = studio.skeleton(chosen)
+        return [kind for form in FORMS for kind in matrices.kinds(adaptable(skeleton, [form]), form)]
+
     def look_at(kind_title: str, place_text: str) -> tuple[Any, ...]:
         wanted = KINDS[kind_title]
         chosen = "starter" if wanted == "starter" else (place_text or "").strip()
         if not chosen:
             raise LoRAError(f"`{HINTS[wanted][0]}` must not be empty; write one, or take the starter.")
         info = studio.info(chosen)
-        found = matrices.kinds(adaptable(studio.skeleton(chosen)))
-        choices = [(f"{k.name} · {k.shape[0]} × {k.shape[1]} · {k.num_layers}×", k.name) for k in found]
+        found = found_in(chosen)
+        choices = [(label(k), k.name) for k in found]
         by_title = matrices.presets(found)
         return (
             chosen,
@@ -141,7 +152,7 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
     def take_preset(chosen: str, title: str) -> Any:
         if title == CHOOSE:
             return gr.skip()
-        return matrices.presets(matrices.kinds(adaptable(studio.skeleton(chosen))))[title]
+        return matrices.presets(found_in(chosen))[title]
 
     def take_kind(kind_title: str) -> tuple[Any, ...]:
         wanted = KINDS[kind_title]

@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from core import Amplification, Spectrum, amplification, random_sigma
+from core import Amplification, Spectrum, amplification, matrix_at, random_sigma
 from studio import models, theme
 from studio.runs import Run
 from studio.state import Studio
@@ -28,18 +28,18 @@ def overview(spectra: dict[str, Spectrum], quantity: str) -> str:
 
 def summary(run: Run, spectra: dict[str, Spectrum]) -> str:
     """Returns HTML of the adapter as a whole."""
-    r = max(len(s.sigma) for s in spectra.values())
     mean = sum(s.effective_rank for s in spectra.values()) / len(spectra)
     loudest = max(spectra, key=lambda path: spectra[path].norm)
+    dora = "DoRA also trained the length of each row: here stands its low-rank part, B·A, alone."
     return theme.facts(
         [
             ("Run", run.spec.name),
             ("Matrices", str(len(spectra))),
-            ("r asked for", str(r)),
+            ("r asked for", str(run.spec.lora.r)),
             ("Effective rank, mean", f"{mean:.2f}"),
             ("Largest ‖ΔW‖ in", f"{loudest} ({spectra[loudest].norm:.3f})"),
         ]
-    )
+    ) + (theme.said(dora, "warn") if run.spec.lora.dora else "")
 
 
 def matrix_facts(found: Spectrum) -> str:
@@ -150,9 +150,8 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
             return ""
         opened = studio.runs.get(run)
         factors, found = studio.spectra(opened)[chosen]
-        weight = models.read_weight(opened.spec.model, studio.workspace, chosen)
-        if tuple(weight.shape) != factors.shape:
-            weight = weight.T  # Conv1D keeps (in, out)
+        holder, as_matrix = matrix_at(studio.skeleton(opened.spec.model), chosen)
+        weight = as_matrix(models.read_weight(opened.spec.model, studio.workspace, holder))
         r = found.rank or None
         return table_7(
             {

@@ -249,7 +249,7 @@ def test_a_failed_save_leaves_the_old_adapter(folder, adapted, monkeypatch, erro
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"core.adapter.{where}", fail)
+        patch.setattr(f"core.files.{where}", fail)
         with pytest.raises(AdapterFileError, match=r"`folder` \(=.*adapter'\) could not be written: .*\. Free some"):
             new.save(folder)
     assert_equal(Adapter.load(folder), old)
@@ -265,7 +265,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(folder, adapted, monkeypatch
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("core.adapter.save_file", interrupted)
+    monkeypatch.setattr("core.files.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Adapter.from_model(adapted("plain")).save(folder)
     assert_equal(Adapter.load(folder), old)
@@ -279,7 +279,7 @@ def test_a_save_that_fails_in_its_last_move_leaves_the_old_adapter(folder, adapt
         raise OSError("in use")
 
     with monkeypatch.context() as patch:
-        patch.setattr("core.adapter.os.replace", fail)
+        patch.setattr("core.files.os.replace", fail)
         with pytest.raises(AdapterFileError, match="could not be written"):
             Adapter.from_model(adapted("plain")).save(folder)
     assert_equal(Adapter.load(folder), old)
@@ -367,16 +367,17 @@ BAD_FILES = {
     "config is a list": (write(CONFIG, b"[1]"), r"`peft_type` \(='list'\)"),
     "config of another kind": (edit_config(peft_type="IA3"), r"`peft_type` \(='IA3'\) in .* must be 'LORA'"),
     "config without a kind": (edit_config(peft_type=...), r"`peft_type` \(=None\)"),
-    "DoRA": (edit_config(use_dora=True), "uses use_dora=True, which cannot be read; save it without"),
-    "bias": (edit_config(bias="lora_only"), "uses bias='lora_only', which cannot be read"),
-    "whole modules": (edit_config(modules_to_save=["head"]), r"uses modules_to_save=\['head'\]"),
-    "PiSSA": (edit_config(init_lora_weights="pissa"), "uses init_lora_weights='pissa'"),
-    "two of them": (edit_config(use_dora=True, bias="all"), "uses use_dora=True, bias='all'"),
+    "DoRA": (edit_config(use_dora=True), "up has no lora_magnitude_vector"),
+    "PiSSA": (edit_config(init_lora_weights="pissa"), "init_lora_weights='pissa', so its .* not the update; save it"),
+    "a newer format": (
+        edit_config(peft_version="9.1", use_bora=True, bora_k=3),
+        r"of PEFT 9.1\) uses use_bora=True, bora_k=3, which cannot be read",
+    ),
     "no alpha": (edit_config(lora_alpha=...), "does not hold a LoRA config: 'lora_alpha'"),
     "alpha is text": (edit_config(lora_alpha="loud"), "does not hold a LoRA config: could not convert"),
     "alpha is null": (edit_config(lora_alpha=None), "does not hold a LoRA config"),
-    "NaN in A": (edit_tensors(nan_in(UP_A)), "up.lora_A.weight holds NaN or infinity"),
-    "NaN in B": (edit_tensors(nan_in(UP_B)), "up.lora_B.weight holds NaN or infinity"),
+    "NaN in A": (edit_tensors(nan_in(UP_A)), "up.lora_A.weight holds NaN, infinity"),
+    "NaN in B": (edit_tensors(nan_in(UP_B)), "up.lora_B.weight holds NaN, infinity"),
     "A without B": (edit_tensors(lambda t: t.pop(UP_B)), "up has lora_A without its partner"),
     "B without A": (edit_tensors(lambda t: t.pop(UP_A)), "up has lora_B without its partner"),
     "ranks differ": (
@@ -388,11 +389,14 @@ BAD_FILES = {
         edit_tensors(lambda t: t.update({"base_model.model.up.lora_B.bias": torch.ones(24)})),
         r"up.lora_B.bias \(24,\) is no lora_A or lora_B matrix",
     ),
-    "a convolution": (edit_tensors(lambda t: t.update({UP_A: torch.ones(2, 4, 4)})), r"\(2, 4, 4\) is no lora_A"),
+    "a convolution": (
+        edit_tensors(lambda t: t.update({UP_A: torch.ones(2, 4, 4)})),
+        r"A \(2, 4, 4\) and B \(24, 2\) are no matrices",
+    ),
     "no tensors": (edit_tensors(lambda t: t.clear()), "it holds no lora_A and lora_B"),
     "two of these": (
-        edit_tensors(lambda t: (t.pop(UP_A), t.update(other=torch.ones(2)))),
-        r"other \(2,\) is no lora_A.*; up has lora_B without",
+        edit_tensors(lambda t: (t.pop(UP_A), t.update({"head.lora_C": torch.ones(2)}))),
+        "head.lora_C .* is no lora_A.*; up has lora_B without",
     ),
 }
 

@@ -21,7 +21,7 @@ from core import (
     strength,
     unmerge,
 )
-from core.inject import count_parameters
+from core.targets import count_parameters
 
 MODELS = ["llama", "gpt2", "plain"]
 EVERYTHING = LoRAConfig(r=2)
@@ -74,7 +74,7 @@ def test_an_adapted_model_computes_what_dense_weights_W0_plus_delta_do(build, pe
     with torch.no_grad():
         for path, layer in lora_layers(model).items():
             delta = 5 / 3 * layer.lora_B @ layer.lora_A
-            twin.get_submodule(path).weight += delta.T if layer.transposed else delta
+            twin.get_submodule(path).weight += layer._as_weight(delta)
     torch.testing.assert_close(logits(model, tokens), logits(twin, tokens), rtol=1e-9, atol=1e-9)
     assert not torch.allclose(logits(model, tokens), logits(build(name).double(), tokens), atol=1e-2)
 
@@ -88,7 +88,8 @@ def test_all_linear_takes_every_matrix_but_the_output_head(build, name):
     kinds = {"Linear", "Conv1D"}
     expected = {path for path, m in build(name).named_modules() if type(m).__name__ in kinds and path != head}
     assert taken == set(lora_layers(model)) == expected
-    assert injection.unmatched == ((head,) if head else ())
+    embeddings = {path for path, m in build(name).named_modules() if isinstance(m, nn.Embedding)}
+    assert set(injection.unmatched) == embeddings | ({head} if head else set())
     assert injection.by_pattern == {"all-linear": tuple(t.path for t in injection.targets)}
 
 
@@ -188,10 +189,13 @@ def test_rslora_scales_by_the_root_of_each_matrixs_own_r(build):
 @pytest.mark.parametrize(
     ("target_modules", "message"),
     [
-        (("nothing",), r"`target_modules` \(=nothing\) must match .*; this model has down_proj, gate_proj, k_proj"),
+        (
+            ("nothing",),
+            r"`target_modules` \(=nothing\) must match .*; this model has down_proj, embed_tokens, gate_proj, k_proj",
+        ),
         (("q_proj", "query", "value"), r"`target_modules` \(=query, value\) must match at least one"),
         (("proj",), r"\(=proj\) must match"),
-        (("embed_tokens",), r"\(=embed_tokens\) must match"),
+        (("norm",), r"\(=norm\) must match"),
         (("self_attn",), r"\(=self_attn\) must match"),
         ("q_proj", r"\(=q_proj\) must match"),  # as an expression it must fit the whole path
         ("(q_proj", r"`target_modules` \(='\(q_proj'\) must be a valid regular expression .*use a list"),

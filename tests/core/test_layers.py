@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from core import Factors, LoRAError, LoRALinear
-from core.layers import is_conv1d, matrix_shape
+from core.matrices import is_conv1d, matrix_shape
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["linear", "conv1d"]
@@ -331,10 +331,13 @@ def test_gaussian_has_variance_1_over_r(r):
     assert A.abs().max() > 3.5 / math.sqrt(r)  # no uniform draw goes so far
 
 
-@pytest.mark.parametrize("module", [nn.Conv2d(2, 2, 1), nn.Embedding(4, 4), nn.LayerNorm(4), nn.Bilinear(2, 2, 2)])
+@pytest.mark.parametrize(
+    "module",
+    [nn.ConvTranspose2d(2, 2, 1), nn.Embedding(4, 4, max_norm=1.0), nn.LayerNorm(4), nn.Bilinear(2, 2, 2)],
+)
 def test_a_layer_of_another_kind_is_refused(module):
     assert matrix_shape(module) is None
-    with pytest.raises(LoRAError, match=rf"`base_layer` \(={type(module).__name__}\) must be nn.Linear or .*Conv1D"):
+    with pytest.raises(LoRAError, match=rf"`base_layer` \(={type(module).__name__}\) must be a linear layer .*Conv1D"):
         LoRALinear(module, 1, 1.0)
 
 

@@ -145,7 +145,7 @@ def test_the_cost_is_told_before_a_weight_is_loaded(studio, tiny_folder):
         "Trainable parameters": f"{trainable:,}",
         "Share of the model": f"{100 * trainable / (whole + trainable):.2f} %",
         "Adapter file": f"{4 * trainable / 1e6:.1f} MB",
-        "Matrices adapted": "4 of 15",
+        "Matrices adapted": "4 of 16",  # of 14 in layers, the head and the embedding
     }
     assert all(p.is_meta for p in studio.skeleton(str(tiny_folder)).parameters())
 
@@ -424,9 +424,9 @@ def test_the_quantities_are_those_of_the_spectrum():
 
 
 def test_the_summary_names_the_run_and_the_matrix_that_moved_most(write_run):
-    run = write_run(spec=RunSpec(name=HOSTILE))
+    run = write_run(spec=RunSpec(name=HOSTILE, lora=LoRAConfig(r=5)))
     facts = Read(spectrum_tab.summary(run, {"a": spectrum(factors(1.0)), "b": spectrum(factors(3.0))})).facts
-    assert (facts["Run"], facts["Matrices"], facts["r asked for"]) == (HOSTILE, "2", "2")
+    assert (facts["Run"], facts["Matrices"], facts["r asked for"]) == (HOSTILE, "2", "5")
     assert facts["Largest ‖ΔW‖ in"] == f"b ({float(factors(3.0).delta_weight().norm()):.3f})"
 
 

@@ -1,0 +1,70 @@
+"""The trainable parameters that the paper states, counted on models that hold no weights."""
+
+import pytest
+import torch
+
+from core import LoRAConfig, inject, plan
+
+
+def roberta(size):
+    from transformers import RobertaConfig, RobertaModel
+
+    width, layers, heads = {"base": (768, 12, 12), "large": (1024, 24, 16)}[size]
+    return RobertaModel(
+        RobertaConfig(
+            vocab_size=50265,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=514,
+        )
+    )
+
+
+def deberta_xxl():
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    return DebertaV2Model(
+        DebertaV2Config(
+            vocab_size=128100,
+            hidden_size=1536,
+            intermediate_size=6144,
+            num_hidden_layers=48,
+            num_attention_heads=24,
+            relative_attention=True,
+            position_buckets=256,
+            share_att_key=True,
+            pos_att_type=["p2c", "c2p"],
+        )
+    )
+
+
+def gpt2(width, layers, heads):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=heads))
+
+
+QV, FUSED_QV = ("query", "value"), ("c_attn.q", "c_attn.v")
+# Hu et al. 2021: Table 2 (RoBERTa, DeBERTa), Table 3 (GPT-2), Table 4 and §4.2 (GPT-3); entries without a head.
+STATED = {
+    "RoBERTa base": (lambda: roberta("base"), 8, QV, 294_912),
+    "RoBERTa large": (lambda: roberta("large"), 8, QV, 786_432),
+    "DeBERTa XXL": (deberta_xxl, 16, ("query_proj", "value_proj"), 4_718_592),
+    "GPT-2 M": (lambda: gpt2(1024, 24, 16), 4, FUSED_QV, 393_216),
+    "GPT-2 L": (lambda: gpt2(1280, 36, 20), 4, FUSED_QV, 737_280),
+    "GPT-3 175B, r = 1": (lambda: gpt2(12288, 96, 96), 1, FUSED_QV, 4_718_592),
+    "GPT-3 175B, r = 8": (lambda: gpt2(12288, 96, 96), 8, FUSED_QV, 37_748_736),
+}
+
+
+@pytest.mark.parametrize(("make", "r", "targets", "stated"), STATED.values(), ids=STATED)
+def test_the_paper_s_counts_come_out_planned_and_injected_without_a_weight(make, r, targets, stated):
+    with torch.device("meta"):
+        model = make()
+    config = LoRAConfig(r=r, target_modules=targets)
+    assert plan(model, config).num_trainable == stated
+    assert inject(model, config).num_trainable == stated
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == stated
+    assert {p.device.type for p in model.parameters()} == {"meta"}
