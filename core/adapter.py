@@ -65,15 +65,21 @@ class Adapter:
         extras = {name: p.detach().to("cpu", copy=True) for name, p in trained_in_full(model).items()}
         return cls(config, factors, base_model, magnitudes, extras)
 
-    def apply(self, model: nn.Module) -> Injection:
+    def apply(self, model: nn.Module, *, base_model: str | None = None) -> Injection:
         """Puts the adapter on `model`, which is adapted afterwards as by `inject`; an earlier adapter is ejected.
+
+        Args:
+            model: The base model.
+            base_model: What it is called; an adapter that names another one is then refused.
 
         Raises:
             AdapterFileError: A matrix or parameter of the adapter is not in the model or has another
-                shape; the model is left as it was.
+                shape, or the adapter names another base model; the model is left as it was.
         """
         shapes = adaptable(model)
         problems = self._misfits(model, shapes)
+        if base_model is not None and self.base_model not in (None, base_model):
+            problems.insert(0, f"this model is {base_model}")
         if problems:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise AdapterFileError(

@@ -1,6 +1,7 @@
 """Settings: each is declared once, and that declaration feeds checks, command-line help and forms."""
 
 import dataclasses
+import json
 import math
 import re
 import types
@@ -63,6 +64,35 @@ class Setting:
             if not inside:
                 return f"`{self.name}` (={value!r}) must be {self._range_words()}"
         return None
+
+    def parse(self, text: str) -> Any:
+        """Returns the value that `text`, of a form or a command line, says; whether it is allowed is not checked.
+
+        Tables are JSON, lists are names with commas between them.
+
+        Raises:
+            LoRAError: A table is no JSON, or a number is none.
+        """
+        text = text.strip()
+        if isinstance(self.default, dict):
+            try:
+                return json.loads(text or "{}")
+            except (ValueError, RecursionError) as error:
+                raise LoRAError(
+                    f'`{self.name}` (={text!r}) must be a table like {{"q_proj": 4}}, written as JSON; {error}.'
+                ) from error
+        if self.type in (int, float):
+            try:
+                return float(text)
+            except ValueError as error:
+                raise LoRAError(f"`{self.name}` (={text!r}) must be {_type_words(self.type)}.") from error
+        if self.type is bool:
+            return {"true": True, "false": False}.get(text.lower(), text)
+        if isinstance(self.default, tuple) and re.fullmatch(r"[\w.]*", text):
+            return (text,) if text else ()
+        if self.type is not str and self.choices is None and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", text):
+            return tuple(re.split(r"\s*,\s*", text))  # names; anything else is one expression
+        return text
 
     def _range_words(self) -> str:
         words = []

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from core.errors import LoRAError
+from core import LoRAConfig, LoRAError, TrainConfig, settings
 from studio.workspace import Workspace
 
 
@@ -55,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "Train one run in a process of its own, and follow it.")
     train.add_argument("spec", metavar="SPEC", type=Path, help="a JSON file like the spec.json of a run")
     train.add_argument("--json", action="store_true", help="print every event as one line of JSON")
+    for config in (LoRAConfig, TrainConfig):
+        group = train.add_argument_group(f"settings that go before those of SPEC ({config.__name__})")
+        for s in settings(config):
+            metavar = "{" + ",".join(s.choices) + "}" if s.choices else "X"
+            group.add_argument(f"--{s.name.replace('_', '-')}", metavar=metavar, help=s.help.replace("%", "%%"))
     demo = command("demo", _demo, "Train the starter model on a starter data set and show what changed.")
     demo.add_argument("--steps", type=int, default=40, help="optimizer steps (default: %(default)s)")
     demo.add_argument(
@@ -99,8 +104,11 @@ def _train(args: argparse.Namespace, workspace: Workspace) -> int:
     from studio import jobs
     from studio.runs import Runs, RunSpec
 
-    runs = Runs(workspace)
-    run = jobs.start(runs, RunSpec.read(args.spec))
+    spec = RunSpec.read(args.spec).to_dict()
+    for part, config in (("lora", LoRAConfig), ("train", TrainConfig)):
+        given = [(s, getattr(args, s.name)) for s in settings(config)]
+        spec[part] |= {s.name: s.parse(text) for s, text in given if text is not None}
+    run = jobs.start(Runs(workspace), RunSpec.from_dict(spec))
     return jobs.follow(run, as_json=args.json)
 
 

@@ -1,13 +1,12 @@
 """From declared settings to widgets, and from the widgets' values back to a checked config."""
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 
-from core import Config, LoRAError, Setting, settings
+from core import Config, Setting, settings
 
 
 class Form:
@@ -78,18 +77,6 @@ def _to_widget(value: Any) -> Any:
 
 
 def _from_widget(s: Setting, value: Any) -> Any:
-    if isinstance(s.default, dict):
-        try:
-            table = json.loads(value or "{}")
-        except (ValueError, RecursionError) as error:
-            raise LoRAError(
-                f'`{s.name}` (={value!r}) must be a table like {{"q_proj": 4}}, written as JSON; {error}.'
-            ) from error
-        return table
-    if not isinstance(value, str):
-        return value
-    if isinstance(s.default, tuple) and re.fullmatch(r"[\w.]*", value.strip()):
-        return (value.strip(),) if value.strip() else ()
-    if s.type is not str and s.choices is None and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value.strip()):
-        return tuple(re.split(r"\s*,\s*", value.strip()))  # names; anything else is one expression
-    return value.strip()
+    if value is None and isinstance(s.default, (dict, tuple)):
+        return s.parse("")  # an emptied box
+    return s.parse(value) if isinstance(value, str) else value

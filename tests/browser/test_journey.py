@@ -69,7 +69,7 @@ def trained(page, server):
     """A run of 20 steps, watched while it goes on."""
     open_tab(page, "Model")
     page.get_by_label("All attention").check()
-    page.wait_for_function("document.querySelector('#model-cost').innerText.includes('120 of 211')", timeout=WAIT)
+    page.wait_for_function("document.querySelector('#model-cost').innerText.includes('120 of 212')", timeout=WAIT)
     open_tab(page, "Data")
     page.wait_for_selector("#tokens >> text=<|im_end|>", timeout=WAIT)
     open_tab(page, "Train")

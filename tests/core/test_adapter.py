@@ -545,3 +545,15 @@ def test_an_adapter_of_more_rank_than_a_matrix_is_applied_or_leaves_the_model_as
         assert not lora_layers(model)
     assert len(lora_layers(model)) in (0, 2)
     assert bool(lora_layers(model)) is not model[0].weight.requires_grad
+
+
+def test_an_adapter_that_names_another_base_model_is_refused_where_the_name_is_known(build):
+    source, target = build("plain"), build("plain")
+    inject(source, LoRAConfig(r=2))
+    adapter = Adapter.from_model(source, base_model="this/one")
+    with pytest.raises(AdapterFileError, match=r"\(made for this/one\) must fit the model: this model is that/one"):
+        adapter.apply(target, base_model="that/one")
+    assert not lora_layers(target)
+    adapter.apply(target, base_model="this/one")
+    Adapter.from_model(source).apply(target, base_model="that/one")  # it names none
+    adapter.apply(target)  # nobody says what this one is called

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from core import LoRAError
+from core import LoRAConfig, LoRAError, TrainConfig, settings
 from studio import __main__ as cli
 from studio import jobs
 from studio.runs import Runs, RunSpec
@@ -237,6 +237,62 @@ def test_train_starts_the_spec_and_ends_as_the_run_does(code, command, tmp_path,
     assert asked == {"root": tmp_path / "home", "spec": spec, "run": "the run", "as_json": True}
     command("train", tmp_path / "spec.json")
     assert asked["as_json"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        (["--r", "4", "--alpha", "2"], {"lora": {"r": 4, "alpha": 2.0}}),
+        (
+            ["--target-modules", "q_proj, v_proj", "--dora", "true"],
+            {"lora": {"target_modules": ["q_proj", "v_proj"], "dora": True}},
+        ),
+        (
+            ["--modules-to-save", "score", "--rank-pattern", '{"q_proj": 2}'],
+            {"lora": {"modules_to_save": ["score"], "rank_pattern": {"q_proj": 2}}},
+        ),
+        (
+            ["--init", "pissa", "--learning-rate", "2e-4", "--steps", "7"],
+            {"lora": {"init": "pissa"}, "train": {"learning_rate": 2e-4, "steps": 7}},
+        ),
+    ],
+)
+def test_settings_on_the_command_line_go_before_those_of_the_spec(words, changes, command, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(jobs, "start", lambda runs, spec: asked.append(spec))
+    monkeypatch.setattr(jobs, "follow", lambda run, as_json: 0)
+    spec = RunSpec(name="From a file", lora=LoRAConfig(r=3), train=TrainConfig(seed=5)).to_dict()
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    assert command("train", tmp_path / "spec.json", *words)[0] == 0
+    for part, values in changes.items():
+        spec[part] |= values
+    assert [one.to_dict() for one in asked] == [spec]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--r", "x"], "`r` (='x') must be a whole number."),
+        (["--r", "2.5"], "`r` (=2.5) must be a whole number."),
+        (["--r", "0"], "`r` (=0) must be at least 1."),
+        (["--alpha", "-1"], "`alpha` (=-1.0) must be above 0."),
+        (["--dora", "maybe"], "`dora` (='maybe') must be true or false."),
+        (["--init", "zeros"], "`init` (='zeros') must be one of kaiming, gaussian, pissa, olora."),
+        (["--rank-pattern", "{"], "`rank_pattern` (='{') must be a table like"),
+        (["--layers", "a"], "`layers` (='a') must be numbers and ranges"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_sentence_and_makes_no_run(words, sentence, command, tmp_path):
+    (tmp_path / "spec.json").write_text("{}")
+    code, _, err = command("train", tmp_path / "spec.json", *words)
+    assert code == 2 and says(err, sentence)
+    assert list((tmp_path / "home" / "runs").iterdir()) == []
+
+
+def test_train_s_help_explains_every_setting(command):
+    _, out, _ = command("train", "--help")
+    for config in (LoRAConfig, TrainConfig):
+        assert all(f"--{s.name.replace('_', '-')}" in out for s in settings(config))
 
 
 def test_train_while_another_run_is_going_names_it(command, tmp_path, hold, monkeypatch):
