@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from core import Adapter, LoRAConfig, adaptable, eject, inject, lora_layers, merge, plan, unmerge
+from core import Adapter, LoRAConfig, LoRAError, adaptable, eject, inject, lora_layers, matrix_at, merge, plan, unmerge
 from tests.core.families import FAMILIES, Family
 
 NAMES = list(FAMILIES)
@@ -174,6 +174,20 @@ def test_what_peft_trained_is_read_here_and_gives_the_same_logits(family, made, 
     delta = (output(theirs, family) - output(model, family)).abs().max().item()
     record_property("largest difference from peft", delta)
     assert delta < 1e-4 * output(model, family).abs().max().item()
+
+
+def test_the_matrix_of_a_path_is_got_from_the_weight_as_it_is_stored(family, made):
+    model, meta = made(family), made(family).to("meta")
+    targets = (*family.layer, *family.slices)
+    for some in [family.layer, family.slices] if family.slices else [family.layer]:
+        inject(model, LoRAConfig(r=1, target_modules=tuple(some)))
+        for path, layer in lora_layers(model).items():
+            holder, as_matrix = matrix_at(meta, path)
+            assert path.startswith(holder) and path.rpartition(".")[2] in {name.rpartition(".")[2] for name in targets}
+            assert torch.equal(as_matrix(made(family).get_submodule(holder).weight), layer.weight_matrix())
+        eject(model)
+    with pytest.raises(LoRAError, match=r"`path` \(='no.such'\) must be that of a matrix"):
+        matrix_at(model, "no.such")
 
 
 @pytest.mark.parametrize("name", FUSED)

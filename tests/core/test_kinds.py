@@ -147,6 +147,8 @@ def test_gradients_reach_what_is_trained_and_nothing_else(kind, dora):
 
 
 def test_the_rows_of_a_dora_layer_have_the_lengths_of_its_magnitude(kind):
+    start = adapted(kind, trained=False, dora=True)
+    torch.testing.assert_close(start.magnitude.detach(), start.weight_matrix().norm(dim=1), rtol=1e-5, atol=1e-5)
     layer = adapted(kind, dora=True)
     lengths = (layer.weight_matrix() + layer.delta_weight()).norm(dim=1)
     torch.testing.assert_close(lengths, layer.magnitude.detach(), rtol=1e-4, atol=1e-4)
