@@ -29,8 +29,9 @@ def made():
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = family.make().eval()
-                for p in model.parameters():  # transformers starts many at zero, where nothing can be told apart
-                    nn.init.normal_(p, std=0.2 if p.dim() > 1 else 0.05)
+                for name, p in model.named_parameters():  # many start at zero, where nothing can be told apart
+                    is_norm = p.dim() == 1 and name.endswith("weight")
+                    nn.init.normal_(p, mean=float(is_norm), std=0.2 if p.dim() > 1 else 0.05)
             models[id(family)] = model
         return copy.deepcopy(models[id(family)])
 
