@@ -31,7 +31,10 @@ def demo(workspace: Workspace, *, model: str, source: str, steps: int) -> int:
     print(f"Run {run.id} in {run.folder}", flush=True)
     if jobs.follow(run):
         return 1
-    _show_answers(run, workspace, (table.eval_rows or table.rows)[:NUM_ANSWERS], tokenizer)
+    if not table.eval_rows:
+        print("\nThe data set keeps no rows apart; those below may be among the trained ones.")
+    by_prompt = {str(data.prompt_messages(row, rows)): row for row in reversed(table.eval_rows or table.rows)}
+    _show_answers(run, workspace, list(by_prompt.values())[: -NUM_ANSWERS - 1 : -1], tokenizer)
     written = _write_figures(run)
     print("\nWritten:")
     for path in (run.adapter_folder, *written):

@@ -191,4 +191,6 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
 def _bytes(number: int | None) -> str:
     if number is None:
         return "unknown"
+    if number < 1e5:
+        return f"{number / 1e3:.1f} kB"
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"

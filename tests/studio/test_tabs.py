@@ -144,7 +144,7 @@ def test_the_cost_is_told_before_a_weight_is_loaded(studio, tiny_folder):
     assert facts == {
         "Trainable parameters": f"{trainable:,}",
         "Share of the model": f"{100 * trainable / (whole + trainable):.2f} %",
-        "Adapter file": f"{4 * trainable / 1e6:.1f} MB",
+        "Adapter file": f"{4 * trainable / 1e3:.1f} kB",
         "Matrices adapted": "4 of 16",  # of 14 in layers, the head and the embedding
     }
     assert all(p.is_meta for p in studio.skeleton(str(tiny_folder)).parameters())
