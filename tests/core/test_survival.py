@@ -83,6 +83,7 @@ def test_autocast_agrees_up_to_its_precision_and_keeps_float32_gradients(adapted
     assert {g.dtype for g in grads.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("adapted", [("llama", "pissa"), ("gpt2", "dora")], indirect=True, ids="-".join)
 def test_a_compiled_model_computes_the_same_and_has_the_same_gradients(adapted, tokens, logits):
     expected, grads = logits(adapted, tokens), backward(adapted, tokens)
     torch._dynamo.reset()

@@ -34,7 +34,7 @@ def test_the_demo_shows_three_answers_before_and_after_that_differ(demo):
     after = re.findall(r"^Adapter +(.+)$", demo[1], flags=re.M)
     assert len(before) == len(after) == 3
     assert all(b != a for b, a in zip(before, after, strict=True))
-    assert len(set(re.findall(r"^Prompt +(.+)$", demo[1], flags=re.M))) == 3
+    assert len(set(re.findall(r"^Prompt +(.+?)^Base", demo[1], flags=re.M | re.S))) == 3
 
 
 def test_the_demo_leaves_an_adapter_and_figures_and_says_how_to_open_them(demo):
