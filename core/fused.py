@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import LoRAError
-from core.layers import LoRALayer, LoRALinear, Wrapper
-from core.matrices import Layout, matrix_form, matrix_shape
+from core.layers import LoRALinear, Wrapper
+from core.matrices import Layout, as_matrix, matrix_form, matrix_shape
 
 Parts = dict[str, Tensor]
 
@@ -55,7 +55,7 @@ class LoRAFused(Wrapper):
         exact = torch.promote_types(W0.dtype, torch.float32)
         total = W0.to(exact, copy=True)
         for part in self.slices:
-            part._as_matrix(total).index_add_(0, part.rows, part._delta_as_weight(exact))
+            as_matrix(self.base_layer, total).index_add_(0, part.rows, part._delta_as_weight(exact))
         self._put(total)
 
 
@@ -74,14 +74,15 @@ class LoRASlice(LoRALinear):
         super().__init__(owner.base_layer, r, scaling, **options)
 
     def _attach(self, base_layer: nn.Module) -> None:
-        owner, rows = self.__dict__.pop("_owner_of_new")
+        owner, rows = self._owner_of_new
+        del self._owner_of_new
         object.__setattr__(self, "_owner", owner)  # not a child: the slice is one of the owner's
         device = next(t.device for t in (*base_layer.parameters(), *base_layer.buffers()))
         self.register_buffer("rows", rows.to(device), persistent=False)
 
     def _shape_in(self, base_layer: nn.Module) -> tuple[int, int] | None:
         shape = matrix_shape(base_layer)
-        return None if shape is None else (len(self.__dict__["_owner_of_new"][1]), shape[1])
+        return None if shape is None else (len(self._owner_of_new[1]), shape[1])
 
     @property
     def base_layer(self) -> nn.Module:  # type: ignore[override]
@@ -101,7 +102,7 @@ class LoRASlice(LoRALinear):
 
     def weight_matrix(self) -> Tensor:
         """Returns the rows of W0 that are the slice's, (num_rows, in_features)."""
-        return self._as_matrix(self._owner._W0()).index_select(0, self.rows)
+        return as_matrix(self.base_layer, self._owner._W0()).index_select(0, self.rows)
 
     def merge(self) -> None:
         """Merges this slice and its neighbours."""
@@ -117,11 +118,6 @@ class LoRASlice(LoRALinear):
 
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return matrix
-
-
-def is_slice(layer: LoRALayer) -> bool:
-    """Says whether `layer` is the update of a slice, without a place of its own in the model."""
-    return isinstance(layer, LoRASlice)
 
 
 def parts_of(module: nn.Module, name: str, parent: nn.Module) -> Parts:

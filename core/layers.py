@@ -5,7 +5,8 @@ Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3; for embeddings and convo
 
 import math
 import warnings
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from core.matrices import (
     CONVOLUTIONS,
     Factors,
     Layout,
+    as_matrix,
     dense_weight,
     is_conv1d,
     matrix_form,
@@ -89,7 +91,7 @@ class Wrapper(nn.Module):
         self._unmerged = (base_layer,)
 
 
-class LoRALayer(Wrapper):
+class LoRALayer(Wrapper, ABC):
     """A frozen layer and a trainable low-rank update beside it: what all kinds of adapted layers share.
 
     h = W0·x + b + strength · scaling · B·A·dropout(x)
@@ -107,6 +109,7 @@ class LoRALayer(Wrapper):
     W' = magnitude / ‖W0 + ΔW‖_row · (W0 + ΔW), the norm taken as a constant as in the paper's §4.3.
     """
 
+    form: ClassVar[str]
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_A0: Tensor | None
@@ -233,8 +236,8 @@ class LoRALayer(Wrapper):
             update = update - self._product(x, self.lora_A0, self.lora_B0, h.dtype)
         if self.magnitude is None:
             return torch.add(h, update, alpha=self._strength * self.scaling)
-        gain = self._across((self.magnitude / self._row_norms()).to(h.dtype), h)
-        from_base = h if self.bias is None else h - self._across(self.bias.to(h.dtype), h)
+        gain = self._across((self.magnitude / self._row_norms()).to(h.dtype))
+        from_base = h if self.bias is None else h - self._across(self.bias.to(h.dtype))
         return h + self._strength * ((gain - 1) * from_base + self.scaling * gain * update)
 
     def delta_weight(self) -> Tensor:
@@ -247,7 +250,7 @@ class LoRALayer(Wrapper):
 
     def weight_matrix(self) -> Tensor:
         """Returns W0 as a map from in to out, (out_features, in_features); dequantized where it must be."""
-        return self._as_matrix(self._W0())
+        return as_matrix(self.base_layer, self._W0())
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -279,25 +282,21 @@ class LoRALayer(Wrapper):
         self.base_layer = base_layer
 
     def _shape_in(self, base_layer: nn.Module) -> tuple[int, int] | None:
-        return matrix_shape(base_layer)
+        return matrix_shape(base_layer) if matrix_form(base_layer) == self.form else None
 
+    @abstractmethod
     def _product(self, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns B·A·x as the base layer would give it for a weight of B·A."""
-        raise NotImplementedError
 
     def _dropped(self, x: Tensor) -> Tensor:
         return self.dropout(x)
 
-    def _as_matrix(self, weight: Tensor) -> Tensor:
-        """Returns a weight as it lies in the base layer as a matrix, (out_features, in_features)."""
-        return weight
-
     def _as_weight(self, matrix: Tensor) -> Tensor:
-        """Returns the opposite of `_as_matrix`."""
+        """Returns a matrix, (out_features, in_features), as the weight lies: the opposite of `as_matrix`."""
         return matrix
 
-    def _across(self, values: Tensor, h: Tensor) -> Tensor:
-        """Returns (out_features) values so that they go with the features of h."""
+    def _across(self, values: Tensor) -> Tensor:
+        """Returns (out_features) values so that they go with the features of what the layer gives."""
         return values
 
     def _delta_as_weight(self, dtype: torch.dtype) -> Tensor:
@@ -335,6 +334,8 @@ class LoRALinear(LoRALayer):
     `Conv1D` keeps its weight transposed; A and B have the same shapes for all.
     """
 
+    form = "linear"
+
     @property
     def transposed(self) -> bool:
         """Whether the weight lies as (in, out)."""
@@ -343,15 +344,9 @@ class LoRALinear(LoRALayer):
     def _layout(self) -> Layout:
         return Layout(transposed=self.transposed)
 
-    def _shape_in(self, base_layer: nn.Module) -> tuple[int, int] | None:
-        return matrix_shape(base_layer) if matrix_form(base_layer) == "linear" else None
-
     def _product(self, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
         low = F.linear(x, A.to(x.dtype))
         return F.linear(low, B.to(low.dtype)).to(dtype)
-
-    def _as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.T if self.transposed else weight
 
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return matrix.T if self.transposed else matrix
@@ -363,8 +358,7 @@ class LoRAEmbedding(LoRALayer):
     As in loralib. Dropout does not apply: its input is a token's number.
     """
 
-    def _shape_in(self, base_layer: nn.Module) -> tuple[int, int] | None:
-        return matrix_shape(base_layer) if matrix_form(base_layer) == "embedding" else None
+    form = "embedding"
 
     def _layout(self) -> Layout:
         return Layout("embedding")
@@ -376,9 +370,6 @@ class LoRAEmbedding(LoRALayer):
 
     def _dropped(self, x: Tensor) -> Tensor:
         return x
-
-    def _as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.T
 
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return matrix.T
@@ -400,8 +391,7 @@ class LoRAConv(LoRALayer):
     another shape, out · k by in · k, and fits only square kernels.)
     """
 
-    def _shape_in(self, base_layer: nn.Module) -> tuple[int, int] | None:
-        return matrix_shape(base_layer) if matrix_form(base_layer) == "convolution" else None
+    form = "convolution"
 
     def _layout(self) -> Layout:
         return Layout("convolution", kernel=tuple(self.weight.shape[1:]))
@@ -415,20 +405,17 @@ class LoRAConv(LoRALayer):
         mix = B.to(low.dtype).view(self.out_features, self.r, *(1 for _ in shape[2:]))
         return CONVOLUTIONS[type(conv)](low, mix).to(dtype)
 
-    def _as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.flatten(1)
-
     def _as_weight(self, matrix: Tensor) -> Tensor:
         return matrix.view(self.weight.shape)
 
-    def _across(self, values: Tensor, h: Tensor) -> Tensor:
+    def _across(self, values: Tensor) -> Tensor:
         return values.view(-1, *(1 for _ in self.weight.shape[2:]))
 
 
 def adapted_layer(base_layer: nn.Module, r: int, scaling: float, **options: Any) -> LoRALayer:
     """Returns `base_layer` in the LoRA layer of its kind; arguments and errors as of `LoRALayer`."""
-    kinds = {"embedding": LoRAEmbedding, "convolution": LoRAConv}
-    return kinds.get(matrix_form(base_layer) or "", LoRALinear)(base_layer, r, scaling, **options)
+    kind = next((k for k in (LoRAEmbedding, LoRAConv) if k.form == matrix_form(base_layer)), LoRALinear)
+    return kind(base_layer, r, scaling, **options)
 
 
 def _draw_A(r: int, in_features: int, init: str, device: torch.device, generator: torch.Generator | None) -> Tensor:

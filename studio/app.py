@@ -123,25 +123,20 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
     """
     listed = studio.runs.list()
     run = next((run for run in listed if run.id == asked["run"]), None)
-    parts = {"head-line": head_line(studio)}
+    going = next((run for run in listed if run.is_running()), None)
+    parts = {"head-line": head_line(going)}
     if asked["train"]:
         parts |= train.view(run)
     stop = train.stop_button(run)
     turn = [[runs.label(some) for some in listed], [some.id for some in listed], stop.value, stop.interactive]
-    is_cpu_busy = any(some.is_running() and _trains_on_cpu(some) for some in listed)
+    is_cpu_busy = going is not None and going.log.started is not None and going.log.started.device == "cpu"
     seconds = watch.LOOK_SECONDS_ON_CPU if is_cpu_busy else watch.LOOK_SECONDS
     return {"parts": parts, "turn": json.dumps(turn), "every": 1000 * seconds}
 
 
-def _trains_on_cpu(run: Run) -> bool:
-    run.log.refresh()
-    return run.log.started is not None and run.log.started.device == "cpu"
-
-
-def head_line(studio: Studio) -> str:
-    """Returns HTML of where training would run, and what is going on."""
+def head_line(going: Run | None) -> str:
+    """Returns HTML of where training would run, and of the run that is going on."""
     device = str(resolve_device("auto"))
-    going = studio.runs.running()
     if going is None:
         return escape(f"Device: {device} · nothing is training")
     going.log.refresh()

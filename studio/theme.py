@@ -92,8 +92,7 @@ CSS = f"""
 .chip.stopped {{ color: var(--body-text-color-subdued); }}
 .progress {{ height: .5rem; border-radius: 999px; background: var(--border-color-primary); overflow: hidden;
   margin: .5rem 0 .25rem; }}
-.progress > span {{ display: block; height: 100%; background: var(--adapted); transition: width .4s; }}
-@media (prefers-reduced-motion: reduce) {{ .progress > span {{ transition: none; }} }}
+.progress > span {{ display: block; height: 100%; background: var(--adapted); }}
 .charts {{ display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .75rem 1.25rem; margin-top: 1rem; }}
 .charts > :first-child {{ grid-column: 1 / -1; }}
 .live {{ margin: 0; padding: 0 .4rem 1.4rem 0; min-width: 0; contain: content; font-variant-numeric: tabular-nums; }}

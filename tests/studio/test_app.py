@@ -106,7 +106,7 @@ def test_a_damaged_run_hinders_neither_the_page_nor_its_lists(what, damage, stud
     assert update(chosen)["choices"] == [(f"{damaged.id} · damaged", damaged.id)]
     table, ids = handler(page, "fill")()
     assert table["data"][0][:2] == [damaged.id, "damaged"] and ids == [damaged.id]
-    assert "nothing is training" in app.head_line(studio)
+    assert "nothing is training" in app.head_line(studio.runs.running())
 
 
 @pytest.mark.parametrize("what", ["events.jsonl", "spec.json"])
@@ -256,9 +256,9 @@ def test_a_page_whose_run_was_deleted_turns_to_the_newest(page, studio, write_ru
 
 def test_the_head_tells_what_is_training_as_text(studio, write_run, hold):
     run = write_run([STARTED, STEP], RunSpec(name="<b>Inns</b>", train=TrainConfig(steps=9)))
-    assert "nothing is training" in app.head_line(studio)
+    assert "nothing is training" in app.head_line(studio.runs.running())
     hold(run)
-    assert "training “&lt;b&gt;Inns&lt;/b&gt;”, step 1 of 9" in app.head_line(studio)
+    assert "training “&lt;b&gt;Inns&lt;/b&gt;”, step 1 of 9" in app.head_line(studio.runs.running())
 
 
 # Start and stop
