@@ -78,9 +78,11 @@ def _wire(
     def turned(run: str | None) -> list[Any]:
         listed = choices()
         ids = [run_id for _, run_id in listed]
-        shown = run if run in ids else (ids[0] if ids else None)
-        found = studio.runs.get(shown) if shown else None
-        return [gr.Dropdown(choices=listed, value=shown), train.stop_button(found)]
+        if run and run not in ids:  # it was deleted
+            run = ids[0] if ids else None
+            return [gr.Dropdown(choices=listed, value=run), train.stop_button(studio.runs.get(run) if run else None)]
+        # The value is left alone: this may be asked before the page has opened its run, or while another is chosen.
+        return [gr.Dropdown(choices=listed), train.stop_button(studio.runs.get(run) if run else None)]
 
     def show(run: str | None) -> Any:
         return gr.HTML(run=run)

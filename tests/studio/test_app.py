@@ -254,6 +254,14 @@ def test_a_page_whose_run_was_deleted_turns_to_the_newest(page, studio, write_ru
     assert update(chosen)["value"] == first.id and update(stop)["interactive"] is False
 
 
+def test_a_new_list_of_runs_never_changes_which_run_a_page_shows_or_is_about_to_open(page, write_run):
+    runs = [write_run([STARTED]) for _ in range(2)]
+    for run in (None, runs[0].id, runs[1].id):
+        chosen, _ = handler(page, "turned")(run)
+        assert "value" not in update(chosen)
+        assert {run_id for _, run_id in update(chosen)["choices"]} == {run.id for run in runs}
+
+
 def test_the_head_tells_what_is_training_as_text(studio, write_run, hold):
     run = write_run([STARTED, STEP], RunSpec(name="<b>Inns</b>", train=TrainConfig(steps=9)))
     assert "nothing is training" in app.head_line(studio.runs.running())
