@@ -2,15 +2,39 @@
 
 from core.adapter import Adapter
 from core.algebra import Truncation, difference, distance, equal, inner_product, norm, truncate, weighted_sum
-from core.config import ALL_LINEAR, Config, LoRAConfig, Setting, TrainConfig, setting, settings
-from core.devices import memory_bytes, memory_source, peak_memory_bytes, resolve_device, resolve_dtype
-from core.errors import AdapterFileError, LoRAError, NonFiniteLossError, TargetError
-from core.events import Evaluated, Event, Failed, Finished, Noted, Started, Step, from_record, to_record
+from core.checkpoint import Checkpoint
+from core.config import ALL_LINEAR, LoRAConfig, TrainConfig
+from core.declarations import Config, Setting, read_json, setting, settings
+from core.devices import (
+    memory_bytes,
+    memory_source,
+    peak_memory_bytes,
+    resolve_device,
+    resolve_devices,
+    resolve_dtype,
+)
+from core.distributed import World, is_lost
+from core.errors import AdapterFileError, CheckpointError, LoRAError, NonFiniteLossError, TargetError, cut, quoted
+from core.events import (
+    Checkpointed,
+    Evaluated,
+    Event,
+    Failed,
+    Finished,
+    Noted,
+    Resumed,
+    Started,
+    Step,
+    from_record,
+    to_record,
+)
+from core.experts import LoRAExpert, LoRAExperts
 from core.fused import LoRAFused, LoRASlice
 from core.geometry import Amplification, amplification, subspace_similarity
 from core.inject import eject, inject, injection_of, merge, merged_copy, strength, trained_in_full, unmerge
 from core.layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
 from core.matrices import Factors, Layout
+from core.memory import MemoryForecast, forecast_memory
 from core.spectrum import Spectrum, random_sigma, spectrum
 from core.targets import FORMS, Injection, Target, adaptable, lora_layers, matrix_at, plan
-from core.train import evaluate, token_losses, train
+from core.train import Training, evaluate, token_losses, train

@@ -1,7 +1,7 @@
 """An adapter as a thing of its own: settings, factors and what was trained beside them, without a model."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Self
 
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from core import files
 from core.config import LoRAConfig
-from core.errors import AdapterFileError
+from core.errors import AdapterFileError, listed
+from core.fused import LoRASlice
 from core.inject import eject, injection_of, trained_in_full, wrap
 from core.matrices import Factors
-from core.targets import Injection, Target, adaptable, count_parameters, lora_layers
+from core.targets import Injection, Target, adaptable, count_parameters, lora_layers, wholes
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Adapter:
         base_model: What the base model was called when the adapter was made, if known.
         magnitudes: Path → DoRA's lengths of the rows of W0 + ΔW, (out_features); of plain LoRA none.
         trained_in_full: Name → parameter that was trained as it is: biases, a classifier head.
+        row_norms: Path of a fused projection with DoRA on its slices → the lengths of W0's rows, (out_features): PEFT's
+            files have a magnitude for every row.
     """
 
     config: LoRAConfig
@@ -33,6 +36,7 @@ class Adapter:
     base_model: str | None = None
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     trained_in_full: Mapping[str, Tensor] = field(default_factory=dict)
+    row_norms: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
@@ -63,7 +67,9 @@ class Adapter:
             if layer.magnitude is not None
         }
         extras = {name: p.detach().to("cpu", copy=True) for name, p in trained_in_full(model).items()}
-        return cls(config, factors, base_model, magnitudes, extras)
+        slices = {path.rpartition(".")[0]: layers[path] for path in magnitudes if isinstance(layers[path], LoRASlice)}
+        row_norms = {whole: part.whole_row_norms().to("cpu") for whole, part in slices.items()}
+        return cls(config, factors, base_model, magnitudes, extras, row_norms)
 
     def apply(self, model: nn.Module, *, base_model: str | None = None) -> Injection:
         """Puts the adapter on `model`, which is adapted afterwards as by `inject`; an earlier adapter is ejected.
@@ -81,17 +87,16 @@ class Adapter:
         if base_model is not None and self.base_model not in (None, base_model):
             problems.insert(0, f"this model is {base_model}")
         if problems:
-            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise AdapterFileError(
                 f"The adapter (made for {self.base_model or 'a model not named'}) must fit the model: "
-                f"{'; '.join(problems[:5])}{more}. Load the base model that it was trained on."
+                f"{listed(problems)}. Load the base model that it was trained on."
             )
         eject(model)
         ordered = {path: self.factors[path] for path in shapes if path in self.factors}
         targets = tuple(Target(path, *f.shape, f.r, f.scaling, path in self.magnitudes) for path, f in ordered.items())
-        # A slice's whole counts as adapted, and a whole's slices do.
+        # What a slice or an expert is a part of counts as adapted.
         touched = {path.rpartition(".")[0] for path in self.factors} | set(self.factors)
-        unmatched = tuple(p for p in adaptable(model, ("linear", "embedding", "convolution")) if p not in touched)
+        unmatched = tuple(path for path in wholes(model) if path not in touched)
         extras = {name: tensor.numel() for name, tensor in self.trained_in_full.items()}
         by_pattern = {"adapter": tuple(self.factors)}
         injection = Injection(self.config, targets, by_pattern, unmatched, count_parameters(model), extras)
@@ -130,10 +135,7 @@ class Adapter:
         Raises:
             AdapterFileError: The folder cannot be written.
         """
-        files.write(
-            Path(folder),
-            files.Contents(self.config, self.factors, self.base_model, self.magnitudes, self.trained_in_full),
-        )
+        files.write(Path(folder), files.Contents(**{f.name: getattr(self, f.name) for f in fields(self)}))
 
     @classmethod
     def load(cls, path: str | Path, *, scaling: float | None = None) -> Self:
@@ -149,7 +151,7 @@ class Adapter:
                 is missing.
         """
         read = files.read_loralib(Path(path), scaling) if Path(path).is_file() else files.read(Path(path))
-        return cls(read.config, read.factors, read.base_model, read.magnitudes, read.trained_in_full)
+        return cls(**{f.name: getattr(read, f.name) for f in fields(cls)})
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from core.adapter import Adapter
-from core.errors import LoRAError
+from core.errors import LoRAError, listed
 from core.files import config_for
 from core.matrices import Factors
 from core.spectrum import spectrum
@@ -176,7 +176,7 @@ def _check_shapes(adapters: Sequence[Adapter]) -> None:
             if shapes.setdefault(path, f.shape) != f.shape:
                 problems.append(f"{path} is {shapes[path]} and {f.shape}")
     if problems:
-        raise LoRAError(f"`adapters` must fit one model: {'; '.join(problems[:5])}.")
+        raise LoRAError(f"`adapters` must fit one model: {listed(problems)}.")
 
 
 def _check_factors_only(adapter: Adapter) -> None:

@@ -1,180 +1,14 @@
-"""Settings: each is declared once, and that declaration feeds checks, command-line help and forms."""
+"""The settings of an adapter and of its training, each declared once (see `core.declarations`)."""
 
-import dataclasses
-import json
 import math
 import re
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal
 
-from core.errors import LoRAError
+from core.declarations import Config, setting
+from core.errors import quoted
 
 ALL_LINEAR = "all-linear"
-
-Number = int | float
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is known of one field of a config: enough to check it, explain it and draw it.
-
-    Attributes:
-        name: The field's name.
-        type: The field's annotation.
-        default: The value that a config has when nothing is said.
-        label: A short title for people.
-        help: One or two plain sentences: what it does, its usual range.
-        minimum, maximum: Inclusive bounds, or None.
-        above, below: Exclusive bounds, or None.
-        choices: The allowed values, or None.
-        advanced: True where a form should tuck it away.
-    """
-
-    name: str
-    type: Any
-    default: Any
-    label: str
-    help: str
-    minimum: Number | None = None
-    maximum: Number | None = None
-    above: Number | None = None
-    below: Number | None = None
-    choices: tuple[str, ...] | None = None
-    advanced: bool = False
-
-    def problem(self, value: Any) -> str | None:
-        """Returns why `value` is not allowed, as one sentence, or None."""
-        if not _has_type(value, self.type):
-            return f"`{self.name}` (={value!r}) must be {_type_words(self.type)}"
-        if self.choices is not None and value not in self.choices:
-            return f"`{self.name}` (={value!r}) must be one of {', '.join(self.choices)}"
-        if isinstance(value, (int, float)):
-            # Written as "not (inside)" so that NaN is outside.
-            inside = (
-                (self.minimum is None or value >= self.minimum)
-                and (self.maximum is None or value <= self.maximum)
-                and (self.above is None or value > self.above)
-                and (self.below is None or value < self.below)
-                and abs(value) != float("inf")
-                and value == value
-            )
-            if not inside:
-                return f"`{self.name}` (={value!r}) must be {self._range_words()}"
-        return None
-
-    def parse(self, text: str) -> Any:
-        """Returns the value that `text`, of a form or a command line, says; whether it is allowed is not checked.
-
-        Tables are JSON, lists are names with commas between them.
-
-        Raises:
-            LoRAError: A table is no JSON, or a number is none.
-        """
-        text = text.strip()
-        if isinstance(self.default, dict):
-            try:
-                return json.loads(text or "{}")
-            except (ValueError, RecursionError) as error:
-                raise LoRAError(
-                    f'`{self.name}` (={text!r}) must be a table like {{"q_proj": 4}}, written as JSON; {error}.'
-                ) from error
-        if self.type in (int, float):
-            try:
-                return float(text)
-            except ValueError as error:
-                raise LoRAError(f"`{self.name}` (={text!r}) must be {_type_words(self.type)}.") from error
-        if self.type is bool:
-            return {"true": True, "false": False}.get(text.lower(), text)
-        if isinstance(self.default, tuple) and re.fullmatch(r"[\w.]*", text):
-            return (text,) if text else ()
-        if self.type is not str and self.choices is None and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", text):
-            return tuple(re.split(r"\s*,\s*", text))  # names; anything else is one expression
-        return text
-
-    def _range_words(self) -> str:
-        words = []
-        if self.minimum is not None:
-            words.append(f"at least {self.minimum}")
-        if self.above is not None:
-            words.append(f"above {self.above}")
-        if self.maximum is not None:
-            words.append(f"at most {self.maximum}")
-        if self.below is not None:
-            words.append(f"below {self.below}")
-        return " and ".join(words) or "a finite number"
-
-
-def setting(default: Any, label: str, help: str, **bounds: Any) -> Any:
-    """Declares a config field; `bounds` are the optional attributes of `Setting`."""
-    meta = {"label": label, "help": help, **bounds}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=meta)
-    return dataclasses.field(default=default, metadata=meta)
-
-
-class Config:
-    """Base of all config dataclasses: validates itself, and goes to and from plain dicts.
-
-    Raises:
-        LoRAError: On construction, with every field that is out of range in one message.
-    """
-
-    def __post_init__(self) -> None:
-        for s in settings(type(self)):
-            value = getattr(self, s.name)
-            # JSON and forms give lists and whole-number floats; take both as what they mean.
-            if isinstance(value, list):
-                object.__setattr__(self, s.name, tuple(value))
-            elif isinstance(value, dict):
-                object.__setattr__(self, s.name, dict(value))  # the caller may change theirs
-            elif s.type is float and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, s.name, float(value) if abs(value) < 2**1023 else math.inf)
-            elif s.type is int and isinstance(value, float) and value.is_integer():
-                object.__setattr__(self, s.name, int(value))
-        problems = [p for s in settings(type(self)) if (p := s.problem(getattr(self, s.name)))]
-        problems += self.further_problems() if not problems else []
-        if problems:
-            raise LoRAError("; ".join(problems) + ".")
-
-    def further_problems(self) -> list[str]:
-        """Returns what is wrong between fields that are each fine alone."""
-        return []
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Builds the config from plain values; absent fields take their defaults.
-
-        Raises:
-            LoRAError: A field does not exist, or a value is out of range.
-        """
-        if not isinstance(values, Mapping):
-            raise LoRAError(f"{cls.__name__} must be given as a table of settings, not {values!r}.")
-        known = [s.name for s in settings(cls)]
-        unknown = [k for k in values if k not in known]
-        if unknown:
-            raise LoRAError(
-                f"{cls.__name__} has no setting {', '.join(map(repr, unknown))}; it has {', '.join(known)}."
-            )
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain values that JSON can hold."""
-        values = {s.name: getattr(self, s.name) for s in settings(type(self))}
-        plain = {tuple: list, dict: dict}
-        return {k: plain[type(v)](v) if type(v) in plain else v for k, v in values.items()}
-
-
-def settings(cls: type) -> list[Setting]:
-    """Returns the declared settings of a config class, in order."""
-    types_by_name = typing.get_type_hints(cls)
-    found = []
-    for f in dataclasses.fields(cls):
-        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        found.append(Setting(name=f.name, type=types_by_name[f.name], default=default, **f.metadata))
-    return found
 
 
 @dataclass(frozen=True)
@@ -272,13 +106,13 @@ class LoRAConfig(Config):
         problems = []
         if not self.target_modules or (isinstance(self.target_modules, tuple) and "" in self.target_modules):
             problems.append(
-                f"`target_modules` (={self.target_modules!r}) must name at least one matrix; "
+                f"`target_modules` (={quoted(self.target_modules)}) must name at least one matrix; "
                 f"for example q_proj, or {ALL_LINEAR}"
             )
         try:
             self.adapts_layer(0)
         except ValueError:
-            problems.append(f"`layers` (={self.layers!r}) must be numbers and ranges, such as 0-5, 8, 20-")
+            problems.append(f"`layers` (={quoted(self.layers)}) must be numbers and ranges, such as 0-5, 8, 20-")
         for field in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, field):
                 try:
@@ -310,15 +144,26 @@ class LoRAConfig(Config):
 class TrainConfig(Config):
     """How the adapter is trained: AdamW on A and B only."""
 
-    steps: int = setting(60, "Steps", "How many times the adapter is updated. 40 to 200 shows an effect.", minimum=1)
+    steps: int = setting(
+        60,
+        "Steps",
+        "How many times the adapter is updated. 40 to 200 shows an effect.",
+        minimum=1,
+        maximum=10_000_000,
+    )
     batch_size: int = setting(
-        4, "Batch size", "Rows in one forward pass. Larger is steadier and needs more memory.", minimum=1
+        4,
+        "Batch size",
+        "Rows in one forward pass, of each device. Larger is steadier and needs more memory.",
+        minimum=1,
+        maximum=100_000,
     )
     accumulation: int = setting(
         1,
         "Accumulation",
         "Forward passes per update. Rows per update = batch size × accumulation, at the memory of one batch.",
         minimum=1,
+        maximum=100_000,
         advanced=True,
     )
     learning_rate: float = setting(
@@ -361,11 +206,40 @@ class TrainConfig(Config):
         "Longest row (tokens)",
         "Longer rows are cut at the end. Memory and time grow with it.",
         minimum=8,
+        maximum=10_000_000,
+    )
+    activation_checkpointing: bool = setting(
+        False,
+        "Activation checkpointing",
+        "Compute each layer twice instead of keeping what it gave: much less memory, about a third slower.",
+        advanced=True,
     )
     eval_every: int = setting(
         10,
         "Evaluate every (steps)",
         "How often the loss on held-out rows is measured; 0 only at the end.",
+        minimum=0,
+        advanced=True,
+    )
+    patience: int = setting(
+        0,
+        "Stop early after (evaluations)",
+        "Training ends when so many evaluations in a row were no better than the best before, and the best is kept. "
+        "0: it takes all steps.",
+        minimum=0,
+        advanced=True,
+    )
+    checkpoint_every: int = setting(
+        100,
+        "Checkpoint every (steps)",
+        "How often everything is saved that a run needs to go on after a crash. 0: by the clock alone.",
+        minimum=0,
+        advanced=True,
+    )
+    checkpoint_minutes: float = setting(
+        5.0,
+        "Checkpoint every (minutes)",
+        "The most work that a crash can cost. 0: by the steps alone.",
         minimum=0,
         advanced=True,
     )
@@ -380,7 +254,8 @@ class TrainConfig(Config):
     device: str = setting(
         "auto",
         "Device",
-        "auto takes CUDA, then Apple's MPS, then the CPU. Or say cpu, cuda, cuda:1, mps.",
+        "auto takes CUDA, then Apple's MPS, then the CPU. Or say cpu, cuda, cuda:1, mps; or several, as cuda:0,cuda:1: "
+        "each then takes a batch of its own.",
         advanced=True,
     )
     precision: Literal["auto", "fp32", "bf16"] = setting(
@@ -395,35 +270,3 @@ class TrainConfig(Config):
         if self.warmup_steps > self.steps:
             return [f"`warmup_steps` (={self.warmup_steps}) must be at most `steps` (={self.steps})"]
         return []
-
-
-def _has_type(value: Any, annotation: Any) -> bool:
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return True  # `choices` checks it, with a better message
-    if origin in (types.UnionType, typing.Union):
-        return any(_has_type(value, a) for a in args)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_has_type(v, args[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            _has_type(k, args[0]) and _has_type(v, args[1]) for k, v in value.items()
-        )
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, annotation)
-
-
-def _type_words(annotation: Any) -> str:
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_type_words(a) for a in args)
-    if origin is tuple:
-        return "a list of names"
-    if origin is dict:
-        return "a table of name to number"
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing"}.get(
-        annotation, str(annotation)
-    )

@@ -26,6 +26,21 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def resolve_devices(names: str) -> tuple[torch.device, ...]:
+    """Returns the devices for a setting that may name several, with commas: "cuda:0,cuda:1", one process for each.
+
+    Raises:
+        LoRAError: One is not there, a GPU is named twice, or they are not of one kind.
+    """
+    devices = tuple(resolve_device(name.strip()) for name in names.split(","))
+    if len(devices) > 1:
+        is_cpu = all(device.type == "cpu" for device in devices)
+        are_gpus = all(device.type == "cuda" and device.index is not None for device in devices)
+        if not is_cpu and not (are_gpus and len(set(devices)) == len(devices)):
+            raise LoRAError(f"`device` (={names!r}) must name different GPUs, as in cuda:0,cuda:1; or cpu,cpu.")
+    return devices
+
+
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Returns the type of the frozen weights; "auto" takes bf16 where `device` multiplies it fast.
 

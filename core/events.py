@@ -1,10 +1,11 @@
 """What training says while it goes on: frozen facts, in order, that can be kept as JSON."""
 
 import dataclasses
-from dataclasses import dataclass
+import typing
+from dataclasses import dataclass, field
 from typing import Any
 
-from core.errors import LoRAError
+from core.errors import LoRAError, quoted
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,33 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Checkpointed:
+    """All that is needed to go on from `step` is on the disk.
+
+    Attributes:
+        checkpoint_seconds: Time that writing it took.
+        checkpoint_bytes: Its size.
+    """
+
+    step: int
+    checkpoint_seconds: float
+    checkpoint_bytes: int
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run is taken up again after `step`, as if it had not been broken off."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Finished:
     """Training has ended by itself or was asked to stop; A and B are as of `step`.
 
     Attributes:
-        reason: "done" when all steps were taken, "stopped" when somebody asked.
+        reason: "done" when all steps were taken, "early" when the held-out loss rose (A and B are then those of its
+            lowest), "stopped" or "paused" when somebody asked, "killed" when the asking was not waited for.
         peak_memory_bytes: The most memory in use so far (see `Started.memory_source`).
     """
 
@@ -105,14 +128,19 @@ class Failed:
 
     Attributes:
         message: What a person should read: cause and next step.
+        cause: "memory", "disk", "data", "loss" or "gradient" (not finite), or "" for anything else.
+        predicted_bytes: Where it is memory: what each part of it was to take, "weights" and so on, the largest first;
+            and after them, by the words of its remedy, what all would take with that.
     """
 
     message: str
+    cause: str = ""
+    predicted_bytes: dict[str, int] = field(default_factory=dict)
 
 
-Event = Noted | Started | Step | Evaluated | Finished | Failed
+Event = Noted | Started | Step | Evaluated | Checkpointed | Resumed | Finished | Failed
 
-_KINDS: dict[str, type] = {kind.__name__: kind for kind in (Noted, Started, Step, Evaluated, Finished, Failed)}
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in typing.get_args(Event)}
 
 
 def to_record(event: Event) -> dict[str, Any]:
@@ -128,9 +156,33 @@ def from_record(record: dict[str, Any]) -> Event:
     """
     values = dict(record)
     kind = values.pop("event", None)
-    if kind not in _KINDS:
-        raise LoRAError(f"`event` (={kind!r}) must be one of {', '.join(_KINDS)}.")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise LoRAError(f"`event` (={quoted(kind)}) must be one of {', '.join(_KINDS)}.")
     try:
-        return _KINDS[kind](**values)
+        event = _KINDS[kind](**values)
     except TypeError as error:
         raise LoRAError(f"The record of `{kind}` does not fit: {error}.") from error
+    for f in dataclasses.fields(event):
+        value = getattr(event, f.name)  # a field that an earlier release did not write has its default
+        if not _fits(value, f.type):
+            raise LoRAError(f"`{f.name}` (={quoted(value)}) of `{kind}` must be {_WORDS[f.type]}.")
+    return event
+
+
+_MAX_COUNT = 2**53  # what a float can hold, too, as every reader of JSON may make one of it
+_WORDS: dict[Any, str] = {
+    int: f"a whole number below {_MAX_COUNT}",
+    float: "a number",
+    str: "text of whole characters",
+    dict[str, int]: "a table of text to whole numbers",
+}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind is int:
+        return type(value) is int and abs(value) < _MAX_COUNT
+    if kind is float:
+        return type(value) is float or _fits(value, int)
+    if kind == dict[str, int]:
+        return isinstance(value, dict) and all(_fits(k, str) and _fits(v, int) for k, v in value.items())
+    return isinstance(value, str) and (value.isascii() or value.encode(errors="ignore").decode() == value)

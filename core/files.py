@@ -3,10 +3,10 @@
 import json
 import math
 import os
-import pickle
 import re
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,15 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.config import LoRAConfig
-from core.errors import AdapterFileError, LoRAError
+from core.declarations import read_json
+from core.errors import AdapterFileError, LoRAError, listed, quoted
 from core.matrices import Factors, Layout
+from core.packing import PLACES, experts_apart, grouped, join_experts, join_magnitudes, join_slices, slices_apart
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _UNDERSTOOD = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
-    *("bias", "init_lora_weights", "base_model_name_or_path", "use_dora", "modules_to_save"),
+    *("bias", "init_lora_weights", "base_model_name_or_path", "use_dora", "modules_to_save", "target_parameters"),
 }
 # PEFT's fields that do not change what saved factors mean: the files' keys already say which matrices they are of.
 _WITHOUT_EFFECT = {
@@ -45,6 +47,7 @@ class Contents:
     base_model: str | None
     magnitudes: Mapping[str, Tensor] = field(default_factory=dict)
     trained_in_full: Mapping[str, Tensor] = field(default_factory=dict)
+    row_norms: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 # Writing
@@ -56,17 +59,21 @@ def write(folder: Path, contents: Contents) -> None:
     Raises:
         AdapterFileError: The folder cannot be written.
     """
-    joined, magnitudes, slices = _join_slices(contents)
+    whole, slices = join_slices(contents.factors)
+    joined, experts = join_experts(whole)
+    magnitudes = join_magnitudes(contents.factors, contents.magnitudes, contents.row_norms)
     tensors: dict[str, Tensor] = {}
     for path, f in joined.items():
-        tensors |= {_PREFIX + key: tensor.contiguous() for key, tensor in _tensors_of(path, f).items()}
+        place = experts[path]["under"] if path in experts else path
+        tensors |= {_PREFIX + key: tensor.contiguous() for key, tensor in _tensors_of(place, f).items()}
     for path, magnitude in magnitudes.items():
         size = (1, -1, *(1 for _ in joined[path].layout.kernel[1:])) if joined[path].layout.kernel else (-1,)
         tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = magnitude.view(size).contiguous()
     for name, tensor in contents.trained_in_full.items():
         path, _, attribute = name.rpartition(".")
         tensors[f"{_PREFIX}{path}.base_layer.{attribute}" if path in joined else _PREFIX + name] = tensor.contiguous()
-    metadata = {"format": "pt", "lora_config": json.dumps(contents.config.to_dict()), "lora_slices": json.dumps(slices)}
+    notes = {"lora_config": contents.config.to_dict(), "lora_slices": slices, "lora_experts": experts}
+    metadata = {"format": "pt"} | {name: json.dumps(note) for name, note in notes.items()}
     settings = _peft_config(contents, joined)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,61 +101,12 @@ def _tensors_of(path: str, f: Factors) -> dict[str, Tensor]:
     return {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
 
 
-def _join_slices(contents: Contents) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, Any]]:
-    """Returns factors and magnitudes with the slices of each projection as one, and how to take them apart again.
-
-    The A of all slices lie on each other, their B stand block by block in the rows that are theirs.
-    """
-    joined: dict[str, Factors] = {}
-    magnitudes: dict[str, Tensor] = {}
-    slices: dict[str, Any] = {}
-    groups: dict[str, list[str]] = {}
-    for path, f in contents.factors.items():
-        groups.setdefault(path.rpartition(".")[0] if f.layout.form == "slice" else path, []).append(path)
-    for whole, paths in groups.items():
-        parts = [contents.factors[path] for path in paths]
-        if parts[0].layout.form != "slice":
-            joined[whole] = parts[0]
-            magnitudes |= {path: contents.magnitudes[path] for path in paths if path in contents.magnitudes}
-            continue
-        if any(path in contents.magnitudes for path in paths):
-            raise AdapterFileError(
-                f"`dora` (=True) on slices of {whole} cannot be written: PEFT's layout has one magnitude for all rows. "
-                "Adapt the projection whole."
-            )
-        scaling, num_rows = parts[0].scaling, parts[0].layout.num_rows
-        B = torch.zeros(num_rows, sum(f.r for f in parts))
-        column = 0
-        for f in parts:
-            factor = f.scaling / scaling
-            B[f.layout.rows, column : column + f.r] = f.B if factor == 1 else f.B * factor
-            column += f.r
-        layout = Layout(transposed=parts[0].layout.transposed)
-        joined[whole] = Factors(torch.cat([f.A for f in parts]), B, scaling, layout)
-        slices[whole] = [
-            {"name": path.rpartition(".")[2], "r": f.r, "scaling": f.scaling, "rows": _runs(f.layout.rows)}
-            for path, f in zip(paths, parts, strict=True)
-        ]
-    return joined, magnitudes, slices
-
-
-def _runs(rows: Tensor | None) -> list[list[int]]:
-    """Returns rising numbers as runs [first, last + 1]."""
-    numbers = [] if rows is None else rows.tolist()
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number:
-            runs[-1][1] = number + 1
-        else:
-            runs.append([number, number + 1])
-    return runs
-
-
 def _peft_config(contents: Contents, joined: Mapping[str, Factors]) -> dict[str, Any]:
     config = contents.config
     power = 1.0 if config.scaling == "standard" else 0.5
-    ranks = {path: f.r for path, f in joined.items() if f.r != config.r}
-    alphas = {path: f.scaling * f.r**power for path, f in joined.items()}
+    ranks = {path: f.r // (f.layout.num_experts or 1) for path, f in joined.items()}
+    alphas = {path: f.scaling * ranks[path] ** power for path, f in joined.items()}
+    stacks = [path for path, f in joined.items() if f.layout.form == "expert"]
     full = [name for name in contents.trained_in_full if not name.endswith(".bias") or config.bias == "none"]
     return {
         "peft_type": "LORA",
@@ -157,7 +115,7 @@ def _peft_config(contents: Contents, joined: Mapping[str, Factors]) -> dict[str,
         "inference_mode": True,
         "r": config.r,
         "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
+        "lora_dropout": 0.0 if stacks else config.dropout,  # PEFT has none for stacks; it is for training only
         "use_rslora": config.scaling == "rslora",
         "use_dora": bool(contents.magnitudes),
         # The true update starts at nothing, whatever training started from.
@@ -166,8 +124,9 @@ def _peft_config(contents: Contents, joined: Mapping[str, Factors]) -> dict[str,
         "fan_in_fan_out": any(f.layout.transposed for f in joined.values()),
         "modules_to_save": sorted({name.rpartition(".")[0] for name in full}) or None,
         # Whole paths: PEFT fits a name at the end of a path, so these fit exactly one matrix each.
-        "target_modules": list(joined),
-        "rank_pattern": {_exactly(p): r for p, r in ranks.items()},
+        "target_modules": [path for path in joined if path not in stacks],
+        "target_parameters": stacks or None,
+        "rank_pattern": {_exactly(p): r for p, r in ranks.items() if r != config.r},
         "alpha_pattern": {_exactly(p): a for p, a in alphas.items() if a != config.alpha},
     }
 
@@ -190,24 +149,47 @@ def read(folder: Path) -> Contents:
     pairs, magnitudes, extras = _sort(tensors, folder / WEIGHTS_FILE)
     _check_company(settings, pairs, magnitudes, extras, folder)
     try:
+        noted = json.loads(metadata.get("lora_experts") or "{}")
+        stacks = {note["under"]: stack for stack, note in noted.items()} or _stacks_of_peft(settings, pairs)
         if "lora_config" in metadata:
             config = LoRAConfig.from_dict(json.loads(metadata["lora_config"]))
         else:
             config = _config_from_peft(settings, tuple(pairs))
         factors: dict[str, Factors] = {}
-        for path, (A, B, layout) in pairs.items():
+        for key, (A, B, layout) in pairs.items():
+            path = stacks.get(key, key)
             alpha = _alpha_for(settings, path)
             if not 0 < alpha < math.inf:
                 raise ValueError(f"`lora_alpha` of {path} (={alpha}) must be above 0")
             if layout.form == "linear" and settings.get("fan_in_fan_out"):
                 layout = replace(layout, transposed=True)
-            scaling = alpha / A.shape[0] ** (0.5 if settings.get("use_rslora") else 1)
-            factors[path] = Factors(A, B, scaling, layout)
+            r = _rank_for(settings, path) if key in stacks else A.shape[0]
+            f = Factors(A, B, alpha / r ** (0.5 if settings.get("use_rslora") else 1), layout)
+            factors |= experts_apart(path, f, r, noted.get(path)) if key in stacks else {path: f}
+        row_norms: dict[str, Tensor] = {}
         for whole, parts in json.loads(metadata.get("lora_slices") or "{}").items():
-            factors |= _take_apart(whole, factors.pop(whole), parts)
-    except (LoRAError, KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, re.error) as error:
-        raise AdapterFileError(f"{folder / CONFIG_FILE} does not hold a LoRA config: {error}") from error
-    return Contents(config, factors, settings.get("base_model_name_or_path"), magnitudes, extras)
+            slices = slices_apart(whole, factors.pop(whole), parts)
+            factors |= slices
+            if whole in magnitudes:
+                row_norms[whole] = magnitudes.pop(whole)
+                magnitudes |= {path: row_norms[whole][f.layout.rows] for path, f in slices.items()}
+        if "lora_config" not in metadata and settings.get("target_parameters"):
+            config = replace(config, target_modules=tuple(grouped(factors, "expert")))
+    except (
+        LoRAError,
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        re.error,
+    ) as error:
+        raise AdapterFileError(
+            f"{folder / CONFIG_FILE} does not hold a LoRA config: {error}. Save it again."
+        ) from error
+    return Contents(config, factors, settings.get("base_model_name_or_path"), magnitudes, extras, row_norms)
 
 
 def _check_company(
@@ -227,22 +209,39 @@ def _check_company(
         if not named and not (attribute == "bias" and settings.get("bias", "none") != "none"):
             problems.append(f"{name} {tuple(tensor.shape)} is no lora_A or lora_B matrix, nor named by modules_to_save")
     if problems:
-        raise AdapterFileError(
-            f"{folder / WEIGHTS_FILE} does not hold what {CONFIG_FILE} says: {'; '.join(problems[:5])}."
-        )
+        raise AdapterFileError(f"{folder / WEIGHTS_FILE} does not hold what {CONFIG_FILE} says: {listed(problems)}.")
 
 
-def _take_apart(whole: str, joined: Factors, parts: list[dict[str, Any]]) -> dict[str, Factors]:
-    found, column = {}, 0
-    for part in parts:
-        r, scaling = int(part["r"]), float(part["scaling"])
-        rows = torch.cat([torch.arange(a, b) for a, b in part["rows"]])
-        columns = slice(column, column + r)
-        B = joined.B[rows, columns]
-        factor = scaling / joined.scaling
-        layout = Layout("slice", rows=rows, num_rows=joined.B.shape[0], transposed=joined.layout.transposed)
-        found[f"{whole}.{part['name']}"] = Factors(joined.A[columns], B if factor == 1 else B / factor, scaling, layout)
-        column += r
+def _stacks_of_peft(settings: Mapping[str, Any], pairs: Mapping[str, Any]) -> dict[str, str]:
+    """Returns key of A and B → path of the stack of experts that they are of, going by `target_parameters`.
+
+    Raises:
+        ValueError: The names do not tell which stack is which.
+    """
+    parameters, targets = settings.get("target_parameters") or (), settings.get("target_modules") or ()
+
+    def fits(path: str, name: str) -> bool:
+        return path == name or path.endswith("." + name)
+
+    keys: dict[str, list[str]] = {}
+    for key in pairs if parameters else ():
+        module = re.sub(r"(\.base_layer)+$", "", key)
+        linear = re.fullmatch(targets, module) if isinstance(targets, str) else any(fits(module, t) for t in targets)
+        if key != module or not linear:
+            keys.setdefault(module, []).append(key)
+    found: dict[str, str] = {}
+    for module, of_module in keys.items():
+        split = [name.rpartition(".") for name in parameters]
+        # A bare name is any module's; one with the module's own goes before it.
+        names = {name for above, _, name in split if above and fits(module, above)} or {n for a, _, n in split if not a}
+        if len(names) != len(of_module) or (len(names) > 1 and names - PLACES.keys()):
+            raise ValueError(
+                f"`target_parameters` (={', '.join(parameters)}) must tell which of {module}'s parameters "
+                f"{', '.join(of_module)} are of"
+            )
+        inner_first = sorted(of_module, key=len, reverse=True)
+        by_place = sorted(names, key=lambda name: PLACES.get(name, 0))
+        found |= {key: f"{module}.{name}" for key, name in zip(inner_first, by_place, strict=True)}
     return found
 
 
@@ -255,10 +254,11 @@ def read_loralib(path: Path, scaling: float | None) -> Contents:
     if path.suffix == ".safetensors":
         tensors, _ = _read_tensors(path)
     else:
+        _check_size(path)
         try:
             with warnings.catch_warnings(action="ignore"):  # of torch's on how the file was pickled
                 tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # whatever a damaged pickle sets off in its reader
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise AdapterFileError(
                 f"{path} cannot be read as tensors alone: it is damaged, or holds more than data and is not opened "
@@ -278,6 +278,20 @@ def read_loralib(path: Path, scaling: float | None) -> Contents:
     return Contents(config_for(factors, extras), factors, None, {}, extras)
 
 
+def _check_size(path: Path) -> None:
+    """Refuses a zip file that holds more than its size, which torch would unpack to any size."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            num_bytes = sum(part.file_size for part in packed.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return  # torch says better what it is
+    if num_bytes > path.stat().st_size:
+        raise AdapterFileError(
+            f"{path} must hold its tensors as torch.save writes them; here they are packed and would take "
+            f"{num_bytes:,} bytes. Load and save the file where it was made."
+        )
+
+
 def config_for(factors: Mapping[str, Factors], trained_in_full: Mapping[str, Tensor] | None = None) -> LoRAConfig:
     """Returns the settings that say of some factors which matrices they are of, and their r and alpha."""
     first = max(factors.values(), key=lambda f: f.r)
@@ -294,13 +308,13 @@ def config_for(factors: Mapping[str, Factors], trained_in_full: Mapping[str, Ten
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_json(path)
     except FileNotFoundError as error:
         raise AdapterFileError(
             f"`folder` (={str(path.parent)!r}) must be an adapter folder; it has no {CONFIG_FILE}."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is not readable JSON: {error}.") from error
+        raise AdapterFileError(f"{path} is not readable JSON: {error}. Fetch or save it again.") from error
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
         raise AdapterFileError(f"`peft_type` (={kind!r}) in {path} must be 'LORA'; other kinds cannot be read.")
@@ -312,8 +326,12 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"The adapter in {path.parent} was started by init_lora_weights={start!r}, so its factors are not the "
             "update; save it in PEFT with path_initial_model_for_weight_conversion, which writes the true one."
         )
+    for name, kind, words in (("modules_to_save", list, "a list of names"), ("base_model_name_or_path", str, "text")):
+        value = settings.get(name)
+        if value is not None and not (isinstance(value, kind) and all(isinstance(part, str) for part in value)):
+            raise AdapterFileError(f"`{name}` (={quoted(value)}) in {path} must be {words}; correct it.")
     if unsupported:
-        words = ", ".join(f"{k}={settings[k]!r}" for k in unsupported)
+        words = ", ".join(f"{k}={quoted(settings[k])}" for k in unsupported)
         version = f" (of PEFT {settings['peft_version']})" if settings.get("peft_version") else ""
         raise AdapterFileError(
             f"The adapter in {path.parent}{version} uses {words}, which cannot be read; save it without."
@@ -332,7 +350,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             "Pickled weights (.bin) are not opened, as they can run code."
         ) from error
     except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path} is damaged or no safetensors file: {error}.") from error
+        raise AdapterFileError(f"{path} is damaged or no safetensors file: {error}. Fetch or save it again.") from error
 
 
 Pair = tuple[Tensor, Tensor, Layout]
@@ -357,7 +375,7 @@ def _sort(tensors: dict[str, Tensor], file: Path) -> tuple[dict[str, Pair], dict
         elif "lora_" in name:
             problems.append(f"{key} {tuple(tensor.shape)} is no lora_A or lora_B matrix")
         elif ".original_module." not in name:  # a copy of the base that PEFT leaves in
-            extras[name.replace(".base_layer.", ".")] = tensor
+            extras[re.sub(r"(\.base_layer)+\.", ".", name)] = tensor
     pairs: dict[str, Pair] = {}
     for path, half in halves.items():
         pair = _pair(path, half)
@@ -369,9 +387,8 @@ def _sort(tensors: dict[str, Tensor], file: Path) -> tuple[dict[str, Pair], dict
         if path not in halves or (path in pairs and len(magnitude) != pairs[path][1].shape[0]):
             problems.append(f"{path}: the magnitude, {len(magnitude)} numbers, fits no B")
     if problems or not pairs:
-        words = "; ".join(problems[:5]) or "it holds no lora_A and lora_B"
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise AdapterFileError(f"{file} does not hold a LoRA adapter: {words}{more}.")
+        words = listed(problems) or "it holds no lora_A and lora_B"
+        raise AdapterFileError(f"{file} does not hold a LoRA adapter: {words}.")
     # PEFT saves an adapted embedding's whole base beside its factors.
     return pairs, magnitudes, {n: t for n, t in extras.items() if n.removesuffix(".weight") not in pairs}
 
@@ -394,11 +411,16 @@ def _pair(path: str, half: dict[str, Tensor]) -> Pair | str:
     return (A, B, layout) if A.shape[0] == B.shape[1] else f"{path}: {shapes} differ in r"
 
 
-def _alpha_for(settings: dict[str, Any], path: str) -> float:
-    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return float(alpha)
-    return float(settings["lora_alpha"])
+def _alpha_for(settings: Mapping[str, Any], path: str) -> float:
+    return float(_by_pattern(settings.get("alpha_pattern"), path, settings["lora_alpha"]))
+
+
+def _rank_for(settings: Mapping[str, Any], path: str) -> int:
+    return int(_by_pattern(settings.get("rank_pattern"), path, settings["r"]))
+
+
+def _by_pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
+    return next((v for pattern, v in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", path)), default)
 
 
 def _config_from_peft(settings: dict[str, Any], paths: tuple[str, ...]) -> LoRAConfig:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import LoRAError
-from core.layers import LoRALinear, Wrapper
+from core.layers import LoRAPart, Wrapper
 from core.matrices import Layout, as_matrix, matrix_form, matrix_shape
 
 Parts = dict[str, Tensor]
@@ -59,8 +59,8 @@ class LoRAFused(Wrapper):
         self._put(total)
 
 
-class LoRASlice(LoRALinear):
-    """The update of one slice: ΔW is (num_rows, in_features) and W0 those rows. It merges with its neighbours only.
+class LoRASlice(LoRAPart):
+    """The update of one slice: ΔW is (num_rows, in_features) and W0 those rows.
 
     Attributes:
         rows: (num_rows), the output features that are this slice's.
@@ -70,24 +70,17 @@ class LoRASlice(LoRALinear):
 
     def __init__(self, owner: LoRAFused, rows: Tensor, r: int, scaling: float, **options: Any) -> None:
         """Adapts `rows` of the owner's base layer; other arguments as of `LoRALayer`."""
-        self._owner_of_new = owner, rows
-        super().__init__(owner.base_layer, r, scaling, **options)
+        self._new_rows = (rows,)
+        super().__init__(owner, r, scaling, **options)
 
     def _attach(self, base_layer: nn.Module) -> None:
-        owner, rows = self._owner_of_new
-        del self._owner_of_new
-        object.__setattr__(self, "_owner", owner)  # not a child: the slice is one of the owner's
         device = next(t.device for t in (*base_layer.parameters(), *base_layer.buffers()))
-        self.register_buffer("rows", rows.to(device), persistent=False)
+        self.register_buffer("rows", self._new_rows[0].to(device), persistent=False)
+        del self._new_rows
 
     def _shape_in(self, base_layer: nn.Module) -> tuple[int, int] | None:
         shape = matrix_shape(base_layer)
-        return None if shape is None else (len(self._owner_of_new[1]), shape[1])
-
-    @property
-    def base_layer(self) -> nn.Module:  # type: ignore[override]
-        """The whole fused projection."""
-        return self._owner.base_layer
+        return None if shape is None else (len(self._new_rows[0]), shape[1])
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
@@ -95,22 +88,14 @@ class LoRASlice(LoRALinear):
         bias = getattr(self.base_layer, "bias", None)
         return bias[self.rows] if isinstance(bias, Tensor) else None
 
-    @property
-    def merged(self) -> bool:
-        """Whether the base weight now holds W0 + ΔW, of this slice and its neighbours."""
-        return self._owner.merged
-
     def weight_matrix(self) -> Tensor:
         """Returns the rows of W0 that are the slice's, (num_rows, in_features)."""
         return as_matrix(self.base_layer, self._owner._W0()).index_select(0, self.rows)
 
-    def merge(self) -> None:
-        """Merges this slice and its neighbours."""
-        self._owner.merge()
-
-    def unmerge(self) -> None:
-        """Unmerges this slice and its neighbours."""
-        self._owner.unmerge()
+    @torch.no_grad()
+    def whole_row_norms(self) -> Tensor:
+        """Returns ‖W0‖ of each row of the whole projection, (out_features), in the type of A."""
+        return as_matrix(self.base_layer, self._owner._W0()).to(self.lora_A.dtype).square().sum(1).sqrt()
 
     def _layout(self) -> Layout:
         whole = matrix_shape(self.base_layer)

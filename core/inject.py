@@ -5,15 +5,19 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from core.config import LoRAConfig
 from core.errors import LoRAError
-from core.fused import LoRAFused, LoRASlice, rows_of
+from core.experts import LoRAExperts, stacks_of
+from core.fused import LoRAFused, rows_of
 from core.layers import Wrapper, adapted_layer
 from core.targets import Injection, lora_layers, plan
+
+Holder = TypeVar("Holder", LoRAExperts, LoRAFused)
 
 
 def inject(model: nn.Module, config: LoRAConfig, *, seed: int = 0) -> Injection:
@@ -72,15 +76,16 @@ def wrap(model: nn.Module, injection: Injection, *, seed: int = 0, draw: bool = 
         if module is not None:
             layer: nn.Module = adapted_layer(module, t.r, t.scaling, **options)
             _replace(model, places[module], layer)
+            continue
+        path, _, part = t.path.rpartition(".")
+        above, _, name = path.rpartition(".")
+        parent = model.get_submodule(above)
+        if isinstance(parent, LoRAExperts) or name in stacks_of(parent):
+            experts = _wrapped(model, parent, LoRAExperts, places)
+            experts.add(name, int(part), t.r, t.scaling, **options)
         else:
-            path, _, part = t.path.rpartition(".")
-            above, _, name = path.rpartition(".")
-            fused = model.get_submodule(path)
-            if not isinstance(fused, LoRAFused):
-                fused = LoRAFused(base_layer := fused)
-                _replace(model, places[base_layer], fused)
-            rows = rows_of(fused.base_layer, name, model.get_submodule(above), part)
-            fused.add(part, rows, t.r, t.scaling, **options)
+            fused = _wrapped(model, model.get_submodule(path), LoRAFused, places)
+            fused.add(part, rows_of(fused.base_layer, name, parent, part), t.r, t.scaling, **options)
     for extra in extras.values():
         extra.put(extra.trained)
     object.__setattr__(model, "_lora_before", before)
@@ -98,7 +103,7 @@ def eject(model: nn.Module, *, keep_merged: bool = False) -> None:
         keep_merged: Leave W0 + ΔW in merged layers and what was trained in full, to save the model as an
             ordinary one. Otherwise they are unmerged first.
     """
-    wrappers = [m for m in model.modules() if isinstance(m, Wrapper) and not isinstance(m, LoRASlice)]
+    wrappers = [m for m in model.modules() if isinstance(m, Wrapper) and "base_layer" in dict(m.named_children())]
     places = _places(model)
     for layer in wrappers:
         if not keep_merged:
@@ -205,7 +210,7 @@ def _between(extra: _Extra, value: float) -> nn.Parameter:
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    """Returns the module of that path, None where a fused projection's slice has it."""
+    """Returns the module of that path, None where a slice or an expert has it."""
     module: nn.Module = model
     for name in path.split("."):
         found = module._modules.get(name)
@@ -218,6 +223,15 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
 def _replace(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
     for path in paths:
         model.set_submodule(path, module)
+
+
+def _wrapped(model: nn.Module, module: nn.Module, kind: type[Holder], places: dict[nn.Module, list[str]]) -> Holder:
+    """Returns the wrapper that holds the parts of `module`, after putting one in its place if need be."""
+    if isinstance(module, kind):
+        return module
+    wrapper = kind(module)
+    _replace(model, places[module], wrapper)
+    return wrapper
 
 
 def _places(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -16,11 +16,13 @@ class Layout:
     """How the matrix of some `Factors` lies in its layer: needed to write them to a file, not to compute with them.
 
     Attributes:
-        form: "linear", "embedding", "convolution", or "slice" of a fused projection.
+        form: "linear", "embedding", "convolution", "slice" of a fused projection, or "expert" out of a stack.
         kernel: Of a convolution, its kernel without the output channels: (in_channels / groups, k, …).
         rows: Of a slice, (num_rows) int64, its output features in the whole projection.
         num_rows: Of a slice, the output features of the whole projection.
         transposed: Whether the layer is a `Conv1D`, whose weight lies as (in, out); PEFT's files say so, too.
+        num_experts: Of an expert, how many lie in its stack.
+        place: Of an expert, the place of its stack among the parameters of the module.
     """
 
     form: str = "linear"
@@ -28,6 +30,8 @@ class Layout:
     rows: Tensor | None = None
     num_rows: int = 0
     transposed: bool = False
+    num_experts: int = 0
+    place: int = 0
 
 
 @dataclass(frozen=True)

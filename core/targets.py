@@ -3,16 +3,18 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 
 from core.config import ALL_LINEAR, LoRAConfig
-from core.errors import LoRAError, TargetError
+from core.errors import LoRAError, TargetError, listed
+from core.experts import is_transposed, stacks_of
 from core.fused import parts_of, rows_of
 from core.layers import LoRALayer, Wrapper
 from core.matrices import as_matrix, matrix_form, matrix_shape
 
-FORMS = ("linear", "slice", "embedding", "convolution")
+FORMS = ("linear", "slice", "embedding", "convolution", "expert")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Target:
     """One matrix that will be adapted.
 
     Attributes:
-        path: Name of its module in the model; of a slice, that of its fused projection and its own: attn.c_attn.q.
+        path: Name of its module in the model; of a slice, that of its fused projection and its own: attn.c_attn.q;
+            of an expert, that of the stack and its number: mlp.experts.down_proj.3.
         out_features, in_features: Its shape as a map from in to out.
         r: Its rank.
         scaling: Its factor on B·A.
@@ -48,7 +51,8 @@ class Injection:
         config: The settings that were asked for.
         targets: The matrices that are adapted, in the model's order.
         by_pattern: For each pattern of `target_modules`, the paths that it matched.
-        unmatched: Paths of matrices that could be adapted and are not; a fused projection stands for its slices.
+        unmatched: Paths of matrices that could be adapted and are not; a fused projection stands for its slices,
+            and a stack for its experts.
         num_parameters: Entries of the base model; tied weights count once.
         trained_in_full: Name → entries of each parameter that is trained as it is: biases, and `modules_to_save`.
     """
@@ -86,7 +90,7 @@ def adaptable(model: nn.Module, forms: Iterable[str] = FORMS) -> dict[str, tuple
     Args:
         model: Any model.
         forms: Which kinds: "linear", "slice" (of a fused projection, which stands there whole, too),
-            "embedding", "convolution".
+            "embedding", "convolution", "expert" (out of a stack that is one parameter).
     """
     forms = set(forms)
     found: dict[str, tuple[int, int]] = {}
@@ -98,6 +102,10 @@ def adaptable(model: nn.Module, forms: Iterable[str] = FORMS) -> dict[str, tuple
         base_layer = module.base_layer if isinstance(module, Wrapper) else module
         form, shape = matrix_form(base_layer), matrix_shape(base_layer)
         if form is None or shape is None:
+            if "expert" in forms:
+                for name, shape in stacks_of(base_layer).items():
+                    num_experts = len(base_layer.get_parameter(name))
+                    found |= {f"{path}.{name}.{index}": shape for index in range(num_experts)}
             continue
         if form in forms:
             found[path] = shape
@@ -108,6 +116,16 @@ def adaptable(model: nn.Module, forms: Iterable[str] = FORMS) -> dict[str, tuple
     return found
 
 
+def wholes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Returns path → (out_features, in_features) of what is adapted as one or in parts, but not the parts.
+
+    A fused projection stands there without its slices, a stack without its experts, in the shape of one of them.
+    """
+    found = adaptable(model, ("linear", "embedding", "convolution", "expert"))
+    experts = adaptable(model, ("expert",))
+    return {path.rpartition(".")[0] if path in experts else path: shape for path, shape in found.items()}
+
+
 def plan(model: nn.Module, config: LoRAConfig) -> Injection:
     """Returns what `inject` would do, changing nothing.
 
@@ -115,34 +133,41 @@ def plan(model: nn.Module, config: LoRAConfig) -> Injection:
     path: a name fits at the end of a path, at a dot), one regular expression over the whole path, or
     "all-linear": every linear matrix but the output head and what `modules_to_save` trains whole.
     Embeddings and convolutions are taken by name or expression. An expression that fits a fused
-    projection takes it whole, not its slices.
+    projection takes it whole, not its slices. What fits a stack of experts takes all of them.
 
     Raises:
         TargetError: A pattern matches nothing.
-        LoRAError: A rank is larger than its matrix, or a fused projection is named whole and in slices.
+        LoRAError: A rank is larger than its matrix, a fused projection is named whole and in slices, or experts
+            are asked for with DoRA.
     """
-    shapes = adaptable(model)
-    wholes = adaptable(model, ("linear", "embedding", "convolution"))
-    by_pattern = _chosen(model, config, list(shapes), wholes)
+    shapes, whole = adaptable(model), wholes(model)
+    # An expert goes by the name of its stack, too.
+    names = dict.fromkeys(shapes) | {path: path.rpartition(".")[0] for path in adaptable(model, ("expert",))}
+    by_pattern = _chosen(model, config, names, whole)
     chosen = {path for paths in by_pattern.values() for path in paths}
+    experts = [path for path in chosen if names[path]]
+    if config.dora and experts:
+        raise LoRAError(
+            f"`dora` (=True) must be False for experts that lie in one parameter, as {min(experts)} does; "
+            "take them out by exclude_modules."
+        )
     targets = []
     for path, (out_features, in_features) in shapes.items():
         if path in chosen:
-            r = int(_by_pattern(config.rank_pattern, path, config.r))
-            alpha = _by_pattern(config.alpha_pattern, path, config.alpha)
+            r = int(_by_pattern(config.rank_pattern, path, names[path], config.r))
+            alpha = _by_pattern(config.alpha_pattern, path, names[path], config.alpha)
             targets.append(Target(path, out_features, in_features, r, config.scaling_for(r, alpha), config.dora))
     too_large = [t for t in targets if t.r > min(t.out_features, t.in_features)]
     if too_large:
-        names = ", ".join(f"{t.path} ({t.out_features} × {t.in_features})" for t in too_large[:3])
-        more = f" and {len(too_large) - 3} more" if len(too_large) > 3 else ""
+        names = listed((f"{t.path} ({t.out_features} × {t.in_features})" for t in too_large), ", ")
         limit = min(min(t.out_features, t.in_features) for t in too_large)
         raise LoRAError(
-            f"`r` (={max(t.r for t in too_large)}) must be at most {limit} to fit {names}{more}; "
+            f"`r` (={max(t.r for t in too_large)}) must be at most {limit} to fit {names}; "
             "choose a smaller r, or give these matrices their own by rank_pattern."
         )
-    touched = chosen | {_whole(path, wholes) for path in chosen}
-    unmatched = tuple(path for path in wholes if path not in touched)
-    extras = _trained_in_full(model, config, chosen, wholes)
+    touched = chosen | {_whole(path, whole) for path in chosen}
+    unmatched = tuple(path for path in whole if path not in touched)
+    extras = _trained_in_full(model, config, chosen, whole)
     return Injection(config, tuple(targets), by_pattern, unmatched, count_parameters(model), extras)
 
 
@@ -156,10 +181,12 @@ def matrix_at(model: nn.Module, path: str) -> tuple[str, Callable[[Tensor], Tens
 
     Args:
         model: Any model, also one of the meta device.
-        path: Of a matrix as `adaptable` names it; a slice's rows are taken out of its fused projection.
+        path: Of a matrix as `adaptable` names it; a slice's rows are taken out of its fused projection, an
+            expert out of its stack.
 
     Returns:
-        The module's path, and a function from its weight as stored to the matrix, (out_features, in_features).
+        The path of the module, or of the stack, and a function from its weight as stored to the matrix,
+        (out_features, in_features).
 
     Raises:
         LoRAError: There is no such matrix.
@@ -170,6 +197,9 @@ def matrix_at(model: nn.Module, path: str) -> tuple[str, Callable[[Tensor], Tens
         return path, lambda weight: as_matrix(module, weight)
     whole, _, part = path.rpartition(".")
     above, _, name = whole.rpartition(".")
+    if above in modules and name in stacks_of(modules[above]) and path in adaptable(model, ("expert",)):
+        transposed = is_transposed(modules[above])
+        return whole, lambda weight: weight[int(part)].T if transposed else weight[int(part)]
     if whole not in modules:
         raise LoRAError(f"`path` (={path!r}) must be that of a matrix of this model; adaptable(model) lists them.")
     module = modules[whole]
@@ -188,24 +218,30 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def _whole(path: str, wholes: Iterable[str]) -> str:
-    """Returns the path of the fused projection that a slice is of; another path as it is."""
+    """Returns the path of the fused projection or stack that a slice or expert is of; another path as it is."""
     above = path.rpartition(".")[0]
     return above if path not in wholes and above in wholes else path
 
 
 def _chosen(
-    model: nn.Module, config: LoRAConfig, paths: list[str], wholes: dict[str, tuple[int, int]]
+    model: nn.Module, config: LoRAConfig, names: dict[str, str | None], wholes: dict[str, tuple[int, int]]
 ) -> dict[str, tuple[str, ...]]:
-    """Returns pattern → matched paths, without the excluded ones; raises when a pattern matches nothing."""
+    """Returns pattern → matched paths, without the excluded ones; raises when a pattern matches nothing.
+
+    Args:
+        model, config: What `plan` is asked about.
+        names: Path of each matrix → the path of its stack, if it is an expert's.
+        wholes: As of `wholes`.
+    """
     if config.target_modules == ALL_LINEAR:
         head = _output_head_path(model)
-        linear = adaptable(model, ("linear",))
+        linear = adaptable(model, ("linear", "expert"))
         whole = tuple(f"{path}." for path in _modules_named(model, config.modules_to_save))
         by_pattern = {ALL_LINEAR: tuple(p for p in linear if p != head and not f"{p}.".startswith(whole))}
         if not by_pattern[ALL_LINEAR]:
-            raise _matches_nothing("target_modules", [ALL_LINEAR], [])
+            raise _matches_nothing("target_modules", [ALL_LINEAR], {})
     else:
-        by_pattern = _match("target_modules", config.target_modules, paths)
+        by_pattern = _match("target_modules", config.target_modules, names)
     chosen = {path for matched in by_pattern.values() for path in matched}
     doubled = sorted({path for path in chosen if _whole(path, wholes) in chosen and path not in wholes})
     if doubled and not isinstance(config.target_modules, str):
@@ -215,7 +251,7 @@ def _chosen(
         )
     dropped = set(doubled)
     if config.exclude_modules:
-        excluded = _match("exclude_modules", config.exclude_modules, [p for p in paths if p in chosen])
+        excluded = _match("exclude_modules", config.exclude_modules, {p: names[p] for p in names if p in chosen})
         dropped |= {path for matched in excluded.values() for path in matched}
     dropped |= {path for path in chosen if not config.adapts_layer(_layer(path))}
     kept = {pattern: tuple(p for p in matched if p not in dropped) for pattern, matched in by_pattern.items()}
@@ -239,7 +275,7 @@ def _layer(path: str) -> int:
     return next((int(part) for part in path.split(".") if part.isdigit()), -1)
 
 
-def _match(setting: str, patterns: str | Iterable[str], paths: list[str]) -> dict[str, tuple[str, ...]]:
+def _match(setting: str, patterns: str | Iterable[str], names: dict[str, str | None]) -> dict[str, tuple[str, ...]]:
     """Returns pattern → matched paths; raises when a pattern matches nothing."""
     if isinstance(patterns, str):
         try:
@@ -249,18 +285,27 @@ def _match(setting: str, patterns: str | Iterable[str], paths: list[str]) -> dic
                 f"`{setting}` (={patterns!r}) must be a valid regular expression ({error}); "
                 "to give names instead, use a list."
             ) from error
-        by_pattern = {patterns: tuple(p for p in paths if expression.fullmatch(p))}
+        fits: dict[str, Callable[[str], object]] = {patterns: expression.fullmatch}
     else:
-        by_pattern = {name: tuple(p for p in paths if p == name or p.endswith("." + name)) for name in patterns}
+        fits = {name: partial(_ends_with, name) for name in patterns}
+    by_pattern = {
+        pattern: tuple(path for path, stack in names.items() if fit(path) or (stack and fit(stack)))
+        for pattern, fit in fits.items()
+    }
     empty = [pattern for pattern, matched in by_pattern.items() if not matched]
     if empty:
-        raise _matches_nothing(setting, empty, paths)
+        raise _matches_nothing(setting, empty, names)
     return by_pattern
 
 
-def _matches_nothing(setting: str, patterns: list[str], paths: list[str]) -> TargetError:
-    names = ", ".join(sorted({p.rpartition(".")[2] for p in paths})) or "none"
-    return TargetError(f"`{setting}` (={', '.join(patterns)}) must match at least one matrix; this model has {names}.")
+def _ends_with(name: str, path: str) -> bool:
+    """Says whether `name` fits at the end of a path, at a dot."""
+    return path == name or path.endswith("." + name)
+
+
+def _matches_nothing(setting: str, patterns: list[str], names: dict[str, str | None]) -> TargetError:
+    words = ", ".join(sorted({(stack or path).rpartition(".")[2] for path, stack in names.items()})) or "none"
+    return TargetError(f"`{setting}` (={', '.join(patterns)}) must match at least one matrix; this model has {words}.")
 
 
 def _trained_in_full(
@@ -299,9 +344,9 @@ def _output_head_path(model: nn.Module) -> str | None:
     return next((path for path, module in model.named_modules() if module is head), None) if head is not None else None
 
 
-def _by_pattern(patterns: dict[str, int] | dict[str, float], path: str, default: float) -> float:
-    """Returns the value of the first pattern that fits the end of `path`, at a dot."""
+def _by_pattern(patterns: dict[str, int] | dict[str, float], path: str, stack: str | None, default: float) -> float:
+    """Returns the value of the first pattern that fits the end of `path`, or of its stack's, at a dot."""
     for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+        if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in (path, stack) if name):
             return value
     return default

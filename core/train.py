@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -11,16 +11,136 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from core.checkpoint import Checkpoint
 from core.config import TrainConfig
 from core.devices import memory_bytes, memory_source, peak_memory_bytes
+from core.distributed import World
 from core.errors import LoRAError, NonFiniteLossError
 from core.events import Evaluated, Event, Finished, Started, Step
+from core.nonfinite import first_in_forward, first_in_gradients, first_in_weights
 from core.targets import count_parameters, lora_layers
 
 IGNORED = -100
 """The label of a token that is not trained, as in torch's cross-entropy."""
 
 Batch = Mapping[str, Tensor]
+
+_ALONE = World()
+
+
+class Training(Iterator[Event]):
+    """Training that goes on while its events are asked for: `train` makes one.
+
+    Attributes:
+        step: The optimizer steps taken so far.
+        num_rows: The rows that they took, by all processes.
+        evaluations: (step, loss) of each evaluation so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        config: TrainConfig,
+        eval_batches: Iterable[Batch] | None,
+        start: Checkpoint | None,
+        world: World,
+    ) -> None:
+        """Takes what `train` is given; nothing happens before the first event is asked for."""
+        self._model, self._batches, self._config, self._eval_batches = model, batches, config, eval_batches
+        self._start, self._world = start, world
+        self._optimizer: torch.optim.Optimizer | None = None
+        self.step = start.step if start else 0
+        self.num_rows = start.num_rows if start else 0
+        self.evaluations = list(start.evaluations) if start else []
+        self._events = self._run()
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether the next event is an evaluation: it is due after this step, and was not made yet."""
+        is_due = self._eval_batches is not None and _evaluates_after(self.step, self._config)
+        return is_due and all(step != self.step for step, _ in self.evaluations)
+
+    def close(self) -> None:
+        """Ends training where it stands; the model is left in eval mode."""
+        self._events.close()
+
+    def checkpoint(self) -> Checkpoint:
+        """Returns training as of the last event, to be taken up by `train(…, start=…)`.
+
+        Raises:
+            LoRAError: Training has not begun.
+        """
+        if self._optimizer is None:
+            raise LoRAError("`train` must have given its first event before a checkpoint can be taken; call next().")
+        return Checkpoint.of(self._model, self._optimizer, self.step, self.num_rows, self.evaluations)
+
+    def _run(self) -> Generator[Event]:
+        model, config, world = self._model, self._config, self._world
+        self._check()
+        losses_of = world.wrap(_Losses(model))
+        groups = _parameter_groups(model, config)
+        num_trainable = sum(p.numel() for group in groups for p in group["params"])
+        first = next(iter(lora_layers(model).values()))
+        device, dtype = first.lora_A.device, first.weight.dtype
+        optimizer = torch.optim.AdamW(
+            groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
+        )
+        if self._start is not None:
+            self._start.restore(model, optimizer)
+            self._start = None  # its memory is free again
+        self._optimizer = optimizer
+        yield Started(
+            num_steps=config.steps,
+            num_trainable=num_trainable,
+            num_parameters=count_parameters(model) + num_trainable,
+            device=str(device),
+            precision=str(dtype).removeprefix("torch."),
+            memory_source=memory_source(device),
+        )
+        stream = iter(self._batches)
+        try:
+            while True:
+                if self.owes_evaluation:
+                    evaluated = evaluate(model, self._eval_batches or (), world, step=self.step)
+                    self.evaluations.append((self.step, evaluated.loss))
+                    yield evaluated
+                if self.step >= config.steps or self._has_turned():
+                    reason = "done" if self.step >= config.steps else "early"
+                    yield Finished(self.step, reason, world.max(peak_memory_bytes(device)))
+                    return
+                micro_batches = list(islice(stream, config.accumulation))
+                if len(micro_batches) < config.accumulation:
+                    raise LoRAError(
+                        f"`batches` must give steps × accumulation (={config.steps * config.accumulation}) batches; "
+                        f"they ran out in step {self.step + 1}."
+                    )
+                taken = _step(model, losses_of, optimizer, micro_batches, config, self.step + 1, world)
+                self.step += 1
+                self.num_rows += sum(len(b["labels"]) for b in micro_batches)
+                yield taken
+        finally:
+            model.eval()  # also when the consumer stops early: dropout must not stay on
+
+    def _check(self) -> None:
+        layers = lora_layers(self._model)
+        if not layers:
+            raise LoRAError("`model` must be adapted before it is trained; call inject(model, LoRAConfig()) first.")
+        if any(layer.merged for layer in layers.values()):
+            raise LoRAError("`model` must not be merged while it is trained; call unmerge(model) first.")
+        if self._eval_batches is not None and iter(self._eval_batches) is self._eval_batches:
+            raise LoRAError(
+                "`eval_batches` must be iterable anew for each evaluation; give a list instead of an iterator."
+            )
+
+    def _has_turned(self) -> bool:
+        """Says whether the last `patience` evaluations all were no better than the best before them."""
+        patience = self._config.patience
+        losses = [loss for _, loss in self.evaluations]
+        return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
 
 
 def train(
@@ -29,66 +149,36 @@ def train(
     config: TrainConfig,
     *,
     eval_batches: Iterable[Batch] | None = None,
-) -> Iterator[Event]:
+    start: Checkpoint | None = None,
+    world: World = _ALONE,
+) -> Training:
     """Trains the adapter of `model` and yields what happens: `Started`, then `Step` and `Evaluated`, then `Finished`.
 
     The loss of a step is the mean over all its trained tokens, also across accumulated batches, so
     that accumulation changes memory and not the result. The consumer may stop at any event; A and
-    B are then as of the last step yielded.
+    B are then as of the last step yielded. Taken up from a checkpoint, every later event is what it would have
+    been without the break, bit for bit on a CPU: a step depends on the weights, the moments, its batches, and its
+    number, by which the learning rate is set and dropout is seeded.
 
     Args:
         model: An adapted model (see `inject`) on its device. Called as `model(input_ids=…,
             attention_mask=…)`; gives logits (batch, seq, vocabulary), or an object that has them.
         batches: Dicts of `input_ids`, `attention_mask`, `labels`, each (batch, seq) int64; a label
-            of -100 is not trained. At least `steps × accumulation` of them.
+            of -100 is not trained. As many as the steps to come × accumulation; with `start`, the first is that
+            of step `start.step` + 1.
         config: The settings; `batch_size` and `max_length` are the batches' own affair.
         eval_batches: Held-out batches, iterated anew at each evaluation: before the first step,
             every `eval_every` steps and after the last.
+        start: Where to go on; None trains from the beginning.
+        world: The processes that train together. Each calls this with the same arguments, takes its own rows of every
+            batch, and yields the same events, which are of all rows (but for the times).
 
     Raises:
         LoRAError: The model is not adapted or is merged, the batches run out, or one holds no trained token.
+        CheckpointError: `start` does not fit the model.
         NonFiniteLossError: The loss became NaN or infinite.
     """
-    layers = lora_layers(model)
-    if not layers:
-        raise LoRAError("`model` must be adapted before it is trained; call inject(model, LoRAConfig()) first.")
-    if any(layer.merged for layer in layers.values()):
-        raise LoRAError("`model` must not be merged while it is trained; call unmerge(model) first.")
-    groups = _parameter_groups(model, config)
-    parameters = [p for group in groups for p in group["params"]]
-    first = next(iter(layers.values()))
-    device, dtype = first.lora_A.device, first.weight.dtype
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
-    )
-    num_trainable = sum(p.numel() for p in parameters)
-    if eval_batches is not None and iter(eval_batches) is eval_batches:
-        raise LoRAError("`eval_batches` must be iterable anew for each evaluation; give a list instead of an iterator.")
-    yield Started(
-        num_steps=config.steps,
-        num_trainable=num_trainable,
-        num_parameters=count_parameters(model) + num_trainable,
-        device=str(device),
-        precision=str(dtype).removeprefix("torch."),
-        memory_source=memory_source(device),
-    )
-    if eval_batches is not None:
-        yield evaluate(model, eval_batches, step=0)
-    stream = iter(batches)
-    try:
-        for step in range(1, config.steps + 1):
-            micro_batches = [_on(device, b) for b in islice(stream, config.accumulation)]
-            if len(micro_batches) < config.accumulation:
-                raise LoRAError(
-                    f"`batches` must give steps × accumulation (={config.steps * config.accumulation}) batches; "
-                    f"they ran out in step {step}."
-                )
-            yield _step(model, optimizer, micro_batches, config, step)
-            if eval_batches is not None and _evaluates_after(step, config):
-                yield evaluate(model, eval_batches, step=step)
-        yield Finished(step=config.steps, reason="done", peak_memory_bytes=peak_memory_bytes(device))
-    finally:
-        model.eval()  # also when the consumer stops early: dropout must not stay on
+    return Training(model, batches, config, eval_batches, start, world)
 
 
 def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -104,15 +194,28 @@ def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, A
 
 
 def _evaluates_after(step: int, config: TrainConfig) -> bool:
-    return step == config.steps or (config.eval_every > 0 and step % config.eval_every == 0)
+    return step in (0, config.steps) or (config.eval_every > 0 and step % config.eval_every == 0)
+
+
+class _Losses(nn.Module):
+    """`token_losses` as a module, which DDP can wrap."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        return token_losses(self.model, batch)
 
 
 def _step(
     model: nn.Module,
+    losses_of: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: list[dict[str, Tensor]],
+    micro_batches: list[Batch],
     config: TrainConfig,
     step: int,
+    world: World,
 ) -> Step:
     """Takes one optimizer step and returns what happened."""
     begin = time.perf_counter()
@@ -121,11 +224,13 @@ def _step(
     rate = learning_rate(config, step)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["ratio"]
-    with _seeded(parameters[0].device, config.seed, step):
-        loss = _backward(model, micro_batches, step)
-    grad_norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf).item()
+    with _seeded(parameters[0].device, config.seed, step + world.seed):
+        loss = _backward(model, losses_of, micro_batches, step, world)
+    total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    grad_norm = total_norm.item()
     if not math.isfinite(grad_norm):
-        raise NonFiniteLossError(_non_finite("gradient", step))
+        raise NonFiniteLossError.of("gradient", step, where=first_in_gradients(model))
+    nn.utils.clip_grads_with_norm_(parameters, config.clip_norm or math.inf, total_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return Step(
@@ -136,7 +241,7 @@ def _step(
         num_tokens=sum(_num_tokens(b) for b in micro_batches),
         num_trained_tokens=sum(_num_trained(b["labels"]) for b in micro_batches),
         step_seconds=time.perf_counter() - begin,
-        memory_bytes=memory_bytes(parameters[0].device),
+        memory_bytes=world.max(memory_bytes(parameters[0].device)),
     )
 
 
@@ -153,8 +258,10 @@ def _seeded(device: torch.device, seed: int, step: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], *, step: int = 0) -> Evaluated:
+def evaluate(model: nn.Module, batches: Iterable[Batch], world: World = _ALONE, *, step: int = 0) -> Evaluated:
     """Returns the mean loss over all trained tokens of `batches`; leaves the model in eval mode.
+
+    Of several processes, each measures its own rows of every batch.
 
     Raises:
         LoRAError: No batch holds a trained token.
@@ -164,9 +271,9 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, step: int = 0) -> Ev
     device = next(model.parameters()).device
     total, num_trained = 0.0, 0
     for batch in batches:
-        batch = _on(device, batch)
-        total += token_losses(model, batch).sum().item()
+        total += token_losses(model, _own(batch, device, world)).sum().item()
         num_trained += _num_trained(batch["labels"])
+    total = world.sum(total)
     if not num_trained:
         raise LoRAError("`batches` (for evaluation) must hold at least one trained token; all labels are -100.")
     return Evaluated(step, total / num_trained, num_trained, time.perf_counter() - begin)
@@ -203,28 +310,35 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate
 
 
-def _backward(model: nn.Module, micro_batches: list[dict[str, Tensor]], step: int) -> float:
+def _backward(model: nn.Module, losses_of: nn.Module, micro_batches: list[Batch], step: int, world: World) -> float:
     """Adds the gradient of the step's mean loss to the parameters; returns that loss."""
-    num_trained = sum(_num_trained(b["labels"]) for b in micro_batches)
-    if not num_trained:
+    counts = [_num_trained(b["labels"]) for b in micro_batches]
+    places = [place for place, count in enumerate(counts) if count]
+    if not places:
         raise LoRAError(f"The batch of step {step} must hold at least one trained token; all its labels are -100.")
-    total = 0.0
-    for batch in micro_batches:
-        if not _num_trained(batch["labels"]):
-            continue
-        loss = token_losses(model, batch).sum() / num_trained
-        loss.backward()
+    device, total = next(model.parameters()).device, 0.0
+    for place in places:
+        own = _own(micro_batches[place], device, world)
+        with world.apart(losses_of) if place != places[-1] else nullcontext():
+            losses = losses_of(own)
+            loss = losses.sum() / sum(counts)
+            (loss * world.size).backward()  # of this, the mean over the processes is taken
         total += loss.item()
-    if not math.isfinite(total):
-        raise NonFiniteLossError(_non_finite("loss", step))
-    return total
+        if not math.isfinite(total):
+            raise _non_finite(model, own, losses, step, place, world)
+    return world.sum(total)
 
 
-def _non_finite(what: str, step: int) -> str:
-    return (
-        f"The {what} of step {step} is not a finite number; "
-        "try a smaller learning rate, a longer warm-up, or precision fp32."
-    )
+def _non_finite(
+    model: nn.Module, own: Batch, losses: Tensor, step: int, place: int, world: World
+) -> NonFiniteLossError:
+    """Returns the error that says which rows and which layer are to blame."""
+    trained = own["labels"][:, 1:] != IGNORED
+    rows = range(world.rank, world.size * len(trained), world.size)  # where those of `own` stand in the batch
+    blamed = {rows[i] for i in trained.nonzero()[:, 0][~torch.isfinite(losses)].tolist()}
+    inputs = {key: value for key, value in own.items() if key != "labels"}
+    where = first_in_weights(model) or first_in_forward(model, inputs)
+    return NonFiniteLossError.of("loss", step, batch=place, rows=tuple(sorted(blamed)), where=where)
 
 
 @contextmanager
@@ -251,8 +365,17 @@ def _head_sees_only(model: nn.Module, trained: Tensor) -> Iterator[bool]:
         handle.remove()
 
 
-def _on(device: torch.device, batch: Batch) -> dict[str, Tensor]:
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+def _own(batch: Batch, device: torch.device, world: World) -> dict[str, Tensor]:
+    """Returns the rows of `batch` that this process takes, on its device.
+
+    Where there are more processes than rows, one that is left over takes a row of which it trains nothing: all go
+    through the model equally often, as they wait for each other there.
+    """
+    own = {key: value[world.rows] for key, value in batch.items()}
+    if not len(own["labels"]):
+        own = {key: value[:1] for key, value in batch.items()}
+        own["labels"] = torch.full_like(own["labels"], IGNORED)
+    return {key: value.to(device, non_blocking=True) for key, value in own.items()}
 
 
 def _num_tokens(batch: Batch) -> int:

@@ -41,6 +41,16 @@ def _gpt2(**changes: object) -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(attn_pdrop=0.0, resid_pdrop=0.0, **values))
 
 
+def _mixtral(**changes: object) -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    # Every token goes to all experts: which ones it goes to is a jump, that a rounding can make.
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 3, "experts_implementation": "eager"}
+    values = {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "initializer_range": 0.2} | sizes | experts | changes
+    return MixtralForCausalLM(MixtralConfig(max_position_embeddings=64, **values))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """On models this small a second thread only waits, for long where the machine is busy."""
@@ -57,7 +67,8 @@ def build() -> Callable[..., nn.Module]:
     def make(name: str, seed: int = 0, **changes: object) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return {"llama": _llama, "gpt2": _gpt2, "plain": Plain}[name](**changes).eval()
+            kinds = {"llama": _llama, "gpt2": _gpt2, "mixtral": _mixtral, "plain": Plain}
+            return kinds[name](**changes).eval()
 
     return make
 

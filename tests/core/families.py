@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-D, FF, VOCABULARY, LAYERS, HEADS, LABELS = 32, 48, 64, 2, 4, 3
+D, FF, VOCABULARY, LAYERS, HEADS, LABELS, EXPERTS = 32, 48, 64, 2, 4, 3, 3
 KV = 16
 """Rows of key and value where two heads share one of each."""
 
@@ -24,6 +24,7 @@ class Family:
         layer: The linear matrices of one layer by the names that people use: name → (out, in).
         beside: Those that stand in no layer, but for the output head.
         slices: Of one layer's fused projections: name → (out, in).
+        experts: Of one layer's stacks of experts, which lie in one parameter each: name → (out, in).
         inputs: What `forward` is called with.
         query_and_value: `target_modules` for the paper's choice.
         head: The classifier, which is trained in full as in the paper, or nothing.
@@ -35,6 +36,7 @@ class Family:
     query_and_value: tuple[str, ...]
     beside: Shapes = field(default_factory=dict)
     slices: Shapes = field(default_factory=dict)
+    experts: Shapes = field(default_factory=dict)
     head: tuple[str, ...] = ()
     inputs: Callable[[], dict[str, Tensor]] = field(default=lambda: {"input_ids": tokens()})
 
@@ -111,6 +113,18 @@ def llama_like(name: str, **changes: Any) -> Family:
     return Family(decoder(name, **changes), ("model.layers",), LLAMA, ("q_proj", "v_proj"))
 
 
+def mixture(name: str, **changes: Any) -> Family:
+    shapes = {"gate_up_proj": (2 * FF, D), "down_proj": NARROW}
+    experts = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+    return Family(
+        decoder(name, **experts, **changes),
+        ("model.layers",),
+        {name: shape for name, shape in LLAMA.items() if "self_attn" in name},
+        ("q_proj", "v_proj"),
+        experts={f"mlp.experts.{name}.{index}": shapes[name] for name in shapes for index in range(EXPERTS)},
+    )
+
+
 def falcon(num_rows: int, slices: Shapes, **changes: Any) -> Family:
     return Family(
         decoder("Falcon", ffn_hidden_size=FF, **changes),
@@ -174,12 +188,8 @@ FAMILIES: dict[str, Family] = {
     "falcon, a key for each group": falcon(
         D + 2 * KV, {"q": SQUARE, "k": (KV, D), "v": (KV, D)}, new_decoder_architecture=True, num_kv_heads=2
     ),
-    "mixtral": Family(
-        decoder("Mixtral", num_local_experts=3, num_experts_per_tok=2, experts_implementation="eager"),
-        ("model.layers",),
-        {name: shape for name, shape in LLAMA.items() if "self_attn" in name},
-        ("q_proj", "v_proj"),
-    ),
+    "mixtral": mixture("Mixtral"),
+    "gpt_oss": mixture("GptOss", head_dim=D // HEADS),  # its matrices lie as (in, out)
     "t5": Family(
         t5,
         ("encoder.block", "decoder.block"),

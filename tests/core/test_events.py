@@ -4,7 +4,20 @@ import typing
 
 import pytest
 
-from core import Evaluated, Event, Failed, Finished, LoRAError, Noted, Started, Step, from_record, to_record
+from core import (
+    Checkpointed,
+    Evaluated,
+    Event,
+    Failed,
+    Finished,
+    LoRAError,
+    Noted,
+    Resumed,
+    Started,
+    Step,
+    from_record,
+    to_record,
+)
 
 STEP = Step(3, 1.25, 1e-3, 0.5, num_tokens=120, num_trained_tokens=80, step_seconds=0.5, memory_bytes=1 << 20)
 EVENTS = [
@@ -13,6 +26,8 @@ EVENTS = [
     STEP,
     Evaluated(10, 0.75, 512, 0.25),
     Finished(60, "done", 1 << 30),
+    Checkpointed(40, 0.25, 1 << 20),
+    Resumed(40),
     Failed("The loss of step 3 is not a finite number."),
 ]
 

@@ -1,12 +1,26 @@
 """The same claims for every family of models, with the peft library as oracle."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from torch import nn
 
-from core import Adapter, LoRAConfig, LoRAError, adaptable, eject, inject, lora_layers, matrix_at, merge, plan, unmerge
+from core import (
+    Adapter,
+    AdapterFileError,
+    LoRAConfig,
+    LoRAError,
+    adaptable,
+    eject,
+    inject,
+    lora_layers,
+    matrix_at,
+    merge,
+    plan,
+    unmerge,
+)
 from tests.core.families import FAMILIES, Family
 
 NAMES = list(FAMILIES)
@@ -62,14 +76,16 @@ def test_the_matrices_are_found_by_the_names_that_people_know(family, made):
     }
     assert linear == family.everywhere(family.layer) | family.beside
     assert adaptable(model, ["slice"]) == family.everywhere(family.slices)
-    assert {t.path for t in plan(model, config(family, "all-linear")).targets} == set(linear)
+    experts = adaptable(model, ["expert"])
+    assert experts == family.everywhere(family.experts)
+    assert {t.path for t in plan(model, config(family, "all-linear")).targets} == set(linear | experts)
 
 
 @BOTH
 def test_the_trainable_entries_are_those_of_the_closed_form(family, made, what):
     model = made(family)
     injection = inject(model, config(family, what))
-    taken = family.everywhere(family.layer | family.slices) | family.beside
+    taken = family.everywhere(family.layer | family.slices | family.experts) | family.beside
     if what == "all-linear":
         taken = {path: shape for path, shape in taken.items() if path not in family.everywhere(family.slices)}
     else:
@@ -166,7 +182,10 @@ def test_what_peft_trained_is_read_here_and_gives_the_same_logits(family, made, 
 
     names = sorted({name.rpartition(".")[2] for name in family.layer})
     transposed = family is FAMILIES["gpt2"]
-    wanted = LoraConfig(r=R, lora_alpha=6, target_modules=names, fan_in_fan_out=transposed)
+    stacks = sorted({name.rpartition(".")[0] for name in family.experts})
+    wanted = LoraConfig(
+        r=R, lora_alpha=6, target_modules=names, target_parameters=stacks or None, fan_in_fan_out=transposed
+    )
     theirs = get_peft_model(made(family), wanted).eval()
     perturb(theirs)
     theirs.save_pretrained(tmp_path)
@@ -179,16 +198,50 @@ def test_what_peft_trained_is_read_here_and_gives_the_same_logits(family, made, 
 
 def test_the_matrix_of_a_path_is_got_from_the_weight_as_it_is_stored(family, made):
     model, meta = made(family), made(family).to("meta")
-    targets = (*family.layer, *family.slices)
-    for some in [family.layer, family.slices] if family.slices else [family.layer]:
+    stored = {name.removesuffix(".weight"): p for name, p in made(family).named_parameters(remove_duplicate=False)}
+    for some in filter(None, [family.layer, family.slices, family.experts]):
         inject(model, LoRAConfig(r=1, target_modules=tuple(some)))
+        assert set(family.everywhere(some)) <= set(lora_layers(model))
         for path, layer in lora_layers(model).items():
             holder, as_matrix = matrix_at(meta, path)
-            assert path.startswith(holder) and path.rpartition(".")[2] in {name.rpartition(".")[2] for name in targets}
-            assert torch.equal(as_matrix(made(family).get_submodule(holder).weight), layer.weight_matrix())
+            assert path.startswith(holder)
+            assert torch.equal(as_matrix(stored[holder]), layer.weight_matrix())
         eject(model)
     with pytest.raises(LoRAError, match=r"`path` \(='no.such'\) must be that of a matrix"):
         matrix_at(model, "no.such")
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+@pytest.mark.parametrize("name", FUSED)
+def test_dora_on_slices_is_saved_bit_for_bit_and_the_same_function_for_peft(name, made, perturb, tmp_path, init):
+    from peft import PeftModel
+
+    family = FAMILIES[name]
+    first, *_, last = family.slices
+    model, fresh = made(family), made(family)
+    inject(model, LoRAConfig(r=R, target_modules=(first, last), alpha_pattern={last: 4}, dora=True, init=init))
+    with torch.no_grad():
+        for layer in lora_layers(perturb(model)).values():
+            layer.magnitude *= 1 + 0.3 * torch.rand(len(layer.magnitude), generator=torch.Generator().manual_seed(0))
+    adapter = Adapter.from_model(model)
+    adapter.save(tmp_path)
+    loaded = Adapter.load(tmp_path)
+    assert set(loaded.magnitudes) == set(adapter.magnitudes) == set(adapter.factors)
+    assert all(torch.equal(loaded.magnitudes[path], m) for path, m in adapter.magnitudes.items())
+    assert loaded.num_parameters == adapter.num_parameters
+    loaded.apply(fresh)
+    torch.testing.assert_close(output(fresh, family), output(model, family), rtol=1e-5, atol=1e-5)
+    theirs = PeftModel.from_pretrained(made(family), tmp_path).eval()
+    size = output(model, family).abs().max()
+    assert (output(theirs, family) - output(model, family)).abs().max() < 1e-4 * size
+    assert (output(made(family), family) - output(model, family)).abs().max() > 1e-2 * size
+
+
+def test_dora_on_slices_without_the_lengths_of_the_other_rows_is_not_written(made, tmp_path):
+    model = made(FAMILIES["gpt2"])
+    inject(model, LoRAConfig(r=R, target_modules=("c_attn.q",), dora=True))
+    with pytest.raises(AdapterFileError, match=r"`dora` \(=True\) on slices of .*c_attn needs .* Adapter.from_model"):
+        dataclasses.replace(Adapter.from_model(model), row_norms={}).save(tmp_path)
 
 
 @pytest.mark.parametrize("name", FUSED)

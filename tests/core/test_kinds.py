@@ -207,6 +207,77 @@ def test_twenty_round_trips_leave_every_bit(kind, dtype):
     assert torch.equal(layer.weight, before)
 
 
+# What `LoRALayer.merge` states.
+AGREE = {torch.float32: 1e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+
+
+def assert_merged_agrees(model, x, dtype):
+    apart = model(x).double()
+    merge(model)
+    together = model(x).double()
+    assert (together - apart).norm() <= AGREE[dtype] * apart.norm()
+    assert all(layer.merged for layer in lora_layers(model).values())
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.5, 2.0])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+@pytest.mark.parametrize("dtype", AGREE)
+def test_merged_and_unmerged_agree_to_the_stated_bound(kind, dtype, init, dora, strength):
+    layer = adapted(kind, dtype=dtype, init=init, dora=dora)
+    layer.strength = strength
+    assert_merged_agrees(nn.Sequential(layer), x_of(kind, dtype), dtype)
+
+
+@pytest.mark.parametrize("settings", [{}, {"init": "pissa"}, {"dora": True}], ids=str)
+@pytest.mark.parametrize("dtype", AGREE)
+def test_merged_and_unmerged_slices_agree_to_the_stated_bound(fused, perturb, dtype, settings):
+    fused.to(dtype)
+    inject(fused, LoRAConfig(r=2, target_modules=("c_attn.q", "c_attn.v"), **settings))
+    assert_merged_agrees(perturb(fused), torch.randn(4, 8).to(dtype), dtype)
+
+
+class Experts(nn.Module):
+    """Three matrices in one parameter, of which each takes its share of x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 3
+        self.up_proj = nn.Parameter(torch.randn(3, 20, 24, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([F.linear(part, self.up_proj[i]) for i, part in enumerate(x.chunk(3))])
+
+
+@pytest.mark.parametrize("init", STARTS)
+@pytest.mark.parametrize("dtype", AGREE)
+def test_merged_and_unmerged_experts_agree_to_the_stated_bound(perturb, dtype, init):
+    model = nn.Sequential(Experts()).to(dtype)
+    inject(model, LoRAConfig(r=2, target_modules=("up_proj",), init=init))
+    assert_merged_agrees(perturb(model), torch.randn(9, 24).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", AGREE)
+def test_merged_experts_are_the_exact_sum_rounded_once(perturb, dtype):
+    model = nn.Sequential(Experts()).to(dtype)
+    inject(model, LoRAConfig(r=2, target_modules=("up_proj",)))
+    layers = lora_layers(perturb(model))
+    W0 = {path: layer.weight_matrix().double() for path, layer in layers.items()}
+    merge(model)
+    for path, layer in layers.items():
+        exact = W0[path] + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+        error = (layer.weight[layer.index].double() - exact).abs()
+        float32 = 8 * torch.finfo(torch.float32).eps * (W0[path].abs() + exact.abs())  # the sum itself is taken there
+        assert (error <= torch.finfo(dtype).eps / 2 * exact.abs() + float32).all()
+
+
+@pytest.mark.filterwarnings("ignore:A Packed is merged in bfloat16")
+def test_merged_and_unmerged_packed_layers_agree_to_the_stated_bound_of_bfloat16(perturb):
+    model = nn.Sequential(Packed())
+    inject(model, LoRAConfig(r=2))
+    assert_merged_agrees(perturb(model), torch.randn(5, 24).bfloat16(), torch.bfloat16)
+
+
 def test_what_only_computes_like_a_linear_layer_is_trained_beside_and_merged_into_a_plain_one(perturb):
     model = nn.Sequential(Packed())
     x = torch.randn(3, 24)

@@ -49,8 +49,9 @@ def test_it_merges_in_bfloat16_says_so_and_comes_back_as_the_same_object(quantiz
         merge(quantized)
     (layer,) = lora_layers(quantized).values()
     assert type(layer.base_layer) is nn.Linear and layer.weight.dtype == torch.bfloat16
-    # 8-bit inference also quantizes x, which the merged layer does not.
-    torch.testing.assert_close(quantized(X.bfloat16()).float(), apart, rtol=0.05, atol=0.05)
+    # bfloat16's, as `LoRALayer.merge` states it; 8-bit inference also quantizes x, which the merged layer does not.
+    bound = 2**-6 if isinstance(module, bnb.nn.Linear4bit) else 0.05
+    assert (quantized(X.bfloat16()).float() - apart).norm() <= bound * apart.norm()
     unmerge(quantized)
     assert torch.equal(quantized(X), apart)
     eject(quantized)

@@ -337,7 +337,7 @@ def test_a_loss_that_is_no_number_names_the_step_and_moves_nothing(adapted, batc
         model.embed.weight[:, 0] = value
     before = factors(model)
     with pytest.raises(
-        NonFiniteLossError, match=r"The loss of step 3 is not a finite number; try a smaller learning r"
+        NonFiniteLossError, match=r"The loss of step 3 is not a finite number .*; try a smaller learning r"
     ):
         next(events)
     assert same_bits(factors(model), before)

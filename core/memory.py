@@ -1,0 +1,137 @@
+"""Memory before it is needed: a training step on tensors that have shapes and no values."""
+
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from core.config import LoRAConfig, TrainConfig
+from core.inject import inject
+
+
+@dataclass(frozen=True)
+class MemoryForecast:
+    """Bytes that training takes at its peak, by what they are for; what the framework itself takes is not in it.
+
+    Attributes:
+        weights: The frozen weights.
+        adapter: A, B and what else is trained, float32.
+        gradients: Of what is trained.
+        moments: AdamW's two of what is trained.
+        activations: What the forward pass keeps for the backward pass, the logits, and what comes and goes.
+    """
+
+    weights: int
+    adapter: int
+    gradients: int
+    moments: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.terms.values())
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """Term → bytes, the largest first."""
+        terms = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return dict(sorted(terms.items(), key=lambda item: -item[1]))
+
+
+def forecast_memory(
+    model: nn.Module,
+    lora: LoRAConfig,
+    train: TrainConfig,
+    dtype: torch.dtype,
+    *,
+    prepare: Callable[[Any], object] = lambda model: None,
+) -> MemoryForecast:
+    """Returns what a step of `train.batch_size` rows of `train.max_length` tokens will take, every token trained.
+
+    The step is taken, forward and backward, with the same code and the same kernels as on the CPU, on tensors
+    without values; each tensor counts from when it is made until it is gone. So it holds for any model.
+
+    Args:
+        model: A causal language model on the meta device, not adapted; it stays as it is.
+        lora: What is adapted.
+        train: Of it, the shape of a batch.
+        dtype: Of the frozen weights.
+        prepare: What else is to be done to the model before it is trained, such as activation checkpointing.
+    """
+    model = copy.deepcopy(model).to(dtype)
+    prepare(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        getattr(model, "tie_weights", lambda: None)()  # to_empty gave each its own
+        inject(model, lora)
+        model.train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        frozen = {id(p): p for p in (*model.parameters(), *model.buffers()) if not p.requires_grad}
+        ids = torch.zeros(train.batch_size, train.max_length, dtype=torch.int64)
+        live = _Live()
+        with live:
+            output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            logits = getattr(output, "logits", output)[:, :-1].flatten(0, 1)
+            del output
+            F.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum").backward()
+            del logits
+    adapter = sum(_bytes(p) for p in trained)
+    return MemoryForecast(
+        weights=sum(_bytes(p) for p in frozen.values()),
+        adapter=adapter,
+        gradients=adapter,
+        moments=2 * adapter,
+        activations=max(0, live.peak_bytes - live.bytes),  # at the end only the gradients are left
+    )
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the memory that tensors made inside it hold.
+
+    Attributes:
+        bytes: Now.
+        peak_bytes: At most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak_bytes = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):  # what was there before does not count
+            if isinstance(tensor, Tensor):
+                self._know(tensor, counts=False)
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._know(tensor, counts=True)
+        return made
+
+    def _know(self, tensor: Tensor, *, counts: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._known:
+            return
+        size = storage.nbytes() if counts else 0
+        self._known.add(key)
+        self.bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,90 @@
+"""The forecast of memory, against what tensors really take, and against what must be so."""
+
+import tracemalloc
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from core import LoRAConfig, TrainConfig, forecast_memory, inject, lora_layers
+
+
+def train_config(batch_size=3, length=40) -> TrainConfig:
+    return TrainConfig(batch_size=batch_size, max_length=length)
+
+
+@pytest.fixture
+def forecast(build):
+    def make(name="llama", dtype=torch.float32, lora=None, prepare=lambda model: None, **shape):
+        lora = lora or LoRAConfig(r=4)
+        return forecast_memory(build(name).to("meta"), lora, train_config(**shape), dtype, prepare=prepare)
+
+    return make
+
+
+def measured_peak(model, batch_size: int, length: int) -> int:
+    """The most that torch's allocator held on the CPU in a real step, above what was there before and stays after."""
+    ids = torch.zeros(batch_size, length, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].flatten(0, 1)
+        F.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum").backward()
+        del logits
+    held = peak = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak - held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(1, 32), (4, 32), (2, 64)])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_activations_are_what_torch_s_allocator_held(name, shape, dtype, build, forecast):
+    model = build(name).to(dtype)
+    inject(model, LoRAConfig(r=4))
+    model.train()
+    predicted = forecast(name, dtype, batch_size=shape[0], length=shape[1]).activations
+    assert predicted == pytest.approx(measured_peak(model, *shape), rel=0.2)
+
+
+def test_the_rest_is_counted_by_entries(build, forecast):
+    model = build("llama")
+    weights = sum(p.numel() for p in model.parameters())
+    inject(model, LoRAConfig(r=4))
+    trained = sum(p.numel() for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B))
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        found = forecast(dtype=dtype)
+        buffers = found.weights - size * weights
+        assert 0 <= buffers < 1000  # the rotary frequencies
+        assert (found.adapter, found.gradients, found.moments) == (4 * trained, 4 * trained, 8 * trained)
+        assert found.total == sum(found.terms.values())
+    assert list(found.terms.values()) == sorted(found.terms.values(), reverse=True)
+
+
+def test_activations_grow_with_the_rows_and_checkpointing_takes_most_of_them_away(forecast):
+    one, four = (forecast(batch_size=b, length=64).activations for b in (1, 4))
+    assert four == pytest.approx(4 * one, rel=0.05)
+    kept = forecast(batch_size=4, length=64, prepare=lambda model: model.activation_checkpointing_enable())
+    assert kept.activations < 0.75 * four
+
+
+def test_tied_weights_count_once_and_the_model_stays_as_it_was(build):
+    model = build("llama", tie_word_embeddings=True).to("meta")
+    modules = dict(model.named_modules())
+    tied = forecast_memory(model, LoRAConfig(r=4), train_config(), torch.float32).weights
+    apart = forecast_memory(build("llama").to("meta"), LoRAConfig(r=4), train_config(), torch.float32).weights
+    assert apart - tied == 4 * 64 * 32  # one embedding
+    assert dict(model.named_modules()) == modules and all(p.is_meta for p in model.parameters())
+
+
+def test_a_model_far_larger_than_this_machine_takes_no_memory(build):
+    with torch.device("meta"):
+        model = build("llama", hidden_size=8192, intermediate_size=28672, num_attention_heads=64)
+    tracemalloc.start()
+    found = forecast_memory(model, LoRAConfig(r=4), TrainConfig(batch_size=64, max_length=4096), torch.bfloat16)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.total > 200e9 and peak < 100e6
