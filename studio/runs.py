@@ -1,171 +1,50 @@
 """A run is a folder; what state it is in is read from the folder, never stored a second time.
 
 spec.json      what was asked for, frozen when the run is made
-events.jsonl   what happened, one event a line, only ever appended to
+events.jsonl   what happened, one event a line; only appended to, and cut back to a checkpoint when taken up from it
+checkpoints/   all that is needed to go on, as of some steps (see `studio.checkpoints`)
 adapter/       the adapter as of the last evaluation or the end
 worker.log     what the worker printed
-lock           held by the worker as long as it lives
-stop           there when somebody asked the worker to save and end
+lock           held by the worker as long as it lives; holds the numbers of its process groups
+stop           there when somebody asked the worker to end: holds "stopped" or "paused"
+queued         there while the run waits for its turn: holds its place in the queue
 """
 
-import errno
 import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
 
-from core import (
-    Evaluated,
-    Event,
-    Failed,
-    Finished,
-    LoRAConfig,
-    LoRAError,
-    Noted,
-    Started,
-    Step,
-    TrainConfig,
-    from_record,
-    to_record,
-)
-from studio.data import DataSpec
-from studio.workspace import Workspace
+from core import Event, Failed, Finished, LoRAError, quoted
+from studio.checkpoints import ADAPTER_FILES, Checkpoints, share_file
+from studio.event_log import EventLog, EventWriter
+from studio.specs import RunSpec
+from studio.workspace import Workspace, write_whole
+
+_ID = re.compile(r"[\w-]{1,120}")
 
 
-@dataclass(frozen=True)
-class RunSpec:
-    """All that a run is made from. The same spec gives the same run.
-
-    Attributes:
-        name: What people call it; any text.
-        model: "starter", a Hub id, a folder or a `.gguf` file.
-        data: Which rows, and how they become tokens.
-        lora: What is adapted.
-        train: How it is trained.
-    """
-
-    name: str = "Untitled"
-    model: str = "starter"
-    data: DataSpec = field(default_factory=DataSpec)
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-    @classmethod
-    def from_dict(cls, values: Any) -> Self:
-        """Builds a spec from plain values, as `spec.json` holds them; what is absent takes its default.
-
-        Raises:
-            LoRAError: A part does not exist or is out of range.
-        """
-        if not isinstance(values, dict):
-            raise LoRAError(f"A spec must be a table with name, model, data, lora, train; not {type(values).__name__}.")
-        unknown = set(values) - {"name", "model", "data", "lora", "train"}
-        if unknown:
-            raise LoRAError(f"A spec has no part {', '.join(sorted(unknown))}; it has name, model, data, lora, train.")
-        for part in ("name", "model"):
-            if part in values and not (isinstance(values[part], str) and values[part].strip()):
-                raise LoRAError(f"`{part}` (={values[part]!r}) must be text.")
-        parts = {"data": DataSpec, "lora": LoRAConfig, "train": TrainConfig}
-        return cls(**{k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """Reads a spec from a JSON file.
-
-        Raises:
-            LoRAError: The file is missing, is no JSON or holds no spec.
-        """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise LoRAError(
-                f"`SPEC` (={str(path)!r}) must be a JSON file ({error}); a run's own spec.json is an example."
-            ) from error
-        return cls.from_dict(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values that JSON can hold."""
-        return {
-            "name": self.name,
-            "model": self.model,
-            "data": self.data.to_dict(),
-            "lora": self.lora.to_dict(),
-            "train": self.train.to_dict(),
-        }
-
-
-class EventLog:
-    """What a run's `events.jsonl` says, read only as far as it is new.
-
-    Attributes:
-        steps, evaluations, notes: The events of each kind, in order.
-        started, end: The event of that kind, or None. `end` is `Finished` or `Failed`.
-        num_events: How many were read.
-        last_time: When the last was written, in seconds since 1970.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = 0
-        self._lock = threading.Lock()
-        self.steps: list[Step] = []
-        self.evaluations: list[Evaluated] = []
-        self.notes: list[Noted] = []
-        self.started: Started | None = None
-        self.end: Finished | Failed | None = None
-        self.num_events = 0
-        self.last_time = 0.0
-
-    def refresh(self) -> list[Event]:
-        """Reads the complete lines that were added since; returns their events.
-
-        Raises:
-            LoRAError: A line is no event, with its place.
-        """
-        with self._lock:
-            if not self._path.exists():
-                return []
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                new = file.read()
-            new = new[: new.rfind(b"\n") + 1]  # a line that is still being written waits
-            events = []
-            for line in new.splitlines():
-                try:
-                    record = json.loads(line)
-                    self.last_time = float(record.pop("time") + 0)
-                    events.append(from_record(record))
-                except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-                    raise LoRAError(
-                        f"{self._path} is damaged at event {self.num_events + len(events) + 1}: {error}"
-                    ) from error
-            for event in events:
-                self._take(event)
-            self._offset += len(new)
-            return events
-
-    def _take(self, event: Event) -> None:
-        self.num_events += 1
-        if isinstance(event, Step):
-            self.steps.append(event)
-        elif isinstance(event, Evaluated):
-            self.evaluations.append(event)
-        elif isinstance(event, Noted):
-            self.notes.append(event)
-        elif isinstance(event, Started):
-            self.started = event
-        else:
-            self.end = event
+def is_held(lock: Path) -> bool:
+    """Says whether a process holds a lock file."""
+    try:
+        fd = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 class Run:
@@ -174,9 +53,13 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.id = folder.name
+        self.workspace_root = folder.parent.parent
+        self.spec_file = folder / "spec.json"
         self.log = EventLog(folder / "events.jsonl")
         self.adapter_folder = folder / "adapter"
         self.worker_log = folder / "worker.log"
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self._lock_file = folder / "lock"
         self._spec: RunSpec | None = None
 
     @property
@@ -187,46 +70,57 @@ class Run:
             LoRAError: `spec.json` is missing or damaged.
         """
         if self._spec is None:
-            self._spec = RunSpec.read(self.folder / "spec.json")
+            self._spec = RunSpec.read(self.spec_file)
         return self._spec
 
     @property
     def created(self) -> datetime:
         """When the run was made, local time."""
-        return datetime.fromtimestamp((self.folder / "spec.json").stat().st_mtime)
+        return datetime.fromtimestamp(self.spec_file.stat().st_mtime)
 
     @property
     def status(self) -> str:
-        """One of running, finished, stopped, failed, interrupted.
+        """One of queued, running, finished, stopped, paused, failed, interrupted.
 
         Running is what holds the lock. A worker that is gone without having said how it ended was interrupted.
+        A full disk only pauses: nothing is wrong with the run.
         """
         running = self.is_running()  # asked first: an end that is written meanwhile is then seen below
-        self.log.refresh()
-        if running:
-            return "running"
-        if isinstance(self.log.end, Finished):
-            return "finished" if self.log.end.reason == "done" else "stopped"
-        return "failed" if isinstance(self.log.end, Failed) else "interrupted"
+        queued = self.place is not None
+        self.log.read()
+        end = self.log.end
+        if running or queued:
+            return "running" if running else "queued"
+        if isinstance(end, Finished):
+            return {"done": "finished", "early": "finished", "killed": "stopped"}.get(end.reason, end.reason)
+        if isinstance(end, Failed):
+            return "paused" if end.cause == "disk" else "failed"
+        return "interrupted"
+
+    @property
+    def place(self) -> float | None:
+        """Its place in the queue, lower ones first; None when it does not wait there."""
+        try:
+            return float((self.folder / "queued").read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    @place.setter
+    def place(self, value: float | None) -> None:
+        file = self.folder / "queued"
+        if value is None:
+            file.unlink(missing_ok=True)
+        else:
+            write_whole(file, repr(value).encode())
 
     @property
     def has_adapter(self) -> bool:
         """Whether an adapter was saved."""
-        return (self.adapter_folder / "adapter_config.json").exists()
+        return all((self.adapter_folder / name).is_file() for name in ADAPTER_FILES)
 
     def is_running(self) -> bool:
         """Says whether a worker holds the lock."""
-        try:
-            fd = os.open(self.folder / "lock", os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(fd)
-        return False
+        return is_held(self._lock_file)
 
     @contextmanager
     def locked(self) -> Iterator[int]:
@@ -235,7 +129,7 @@ class Run:
         Raises:
             LoRAError: Somebody else holds it.
         """
-        fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fd = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             for attempt in range(50):  # is_running() of another process holds it for an instant
                 try:
@@ -245,23 +139,57 @@ class Run:
                     if attempt == 49:
                         raise LoRAError(f"Run {self.id} is running already; watch it, or stop it first.") from None
                     time.sleep(0.02)
+            os.ftruncate(fd, 0)  # the last worker's numbers
             yield fd
         finally:
             os.close(fd)
 
-    def ask_to_stop(self) -> None:
-        """Asks the worker to save the adapter and end after the step at hand."""
-        (self.folder / "stop").touch()
+    def sign(self) -> None:
+        """Adds the group of this process, one of the run's, to its `groups`."""
+        fd = os.open(self._lock_file, os.O_WRONLY | os.O_APPEND)
+        os.write(fd, f"{os.getpgrp()} ".encode())
+        os.close(fd)
+
+    def ask_to_stop(self, reason: str = "stopped") -> None:
+        """Asks the worker to save everything and end after the step at hand.
+
+        Args:
+            reason: What its `Finished` will say: "stopped", or "paused".
+        """
+        write_whole(self.folder / "stop", reason.encode())
 
     @property
-    def stop_asked(self) -> bool:
-        """Whether somebody asked the worker to end."""
-        return (self.folder / "stop").exists()
+    def stop_asked(self) -> str:
+        """Why somebody asked the worker to end, "stopped" or "paused"; "" if nobody did."""
+        try:
+            return (self.folder / "stop").read_text() or "stopped"
+        except FileNotFoundError:
+            return ""
+
+    def forget_stop(self) -> None:
+        """Takes a request to end back."""
+        (self.folder / "stop").unlink(missing_ok=True)
+
+    @property
+    def groups(self) -> list[int]:
+        """The process groups of those that `sign` the lock: the worker's, or one for each process that trains."""
+        return [int(number) for number in self._lock_file.read_text().split()]
+
+    def tell(self, end: Finished | Failed) -> None:
+        """Writes how the run ended, for the holder of its lock, where no worker does it."""
+        writer = EventWriter(self.log)
+        writer.write(end)
+        writer.close()
+
+    def continued(self, spec: RunSpec) -> RunSpec:
+        """Returns `spec` as one that begins with this run's newest checkpoint; as it is where there is none."""
+        steps = self.checkpoints.steps()
+        return replace(spec, continues=f"{self.id}@{steps[-1]}") if steps else spec
 
     def follow(self, poll_seconds: float = 0.2) -> Iterator[Event]:
-        """Yields the events as they come, from the first, until the worker is gone."""
+        """Yields the events as they come, from the first, until the worker is gone; a queued run is waited for."""
         while True:
-            running = self.is_running()
+            running = self.is_running() or self.place is not None
             yield from self.log.refresh()
             if not running:
                 return
@@ -272,35 +200,12 @@ class Run:
         try:
             with self.worker_log.open("rb") as file:
                 file.seek(max(0, self.worker_log.stat().st_size - 20_000))
-                text = file.read().decode("utf-8", "replace")
+                text = file.read(20_000).decode("utf-8", "replace")
         except FileNotFoundError:
             return ""
+        except OSError as error:
+            return f"{self.worker_log} cannot be read ({error.strerror})."
         return "\n".join(text.splitlines()[-num_lines:])
-
-
-class EventWriter:
-    """Appends events to a run's log, each as one whole line.
-
-    Raises:
-        OSError: The disk is full, say.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._fd = os.open(run.folder / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-
-    def write(self, event: Event) -> None:
-        """Appends `event` with the time; a line is on the disk before the next is written for all but steps."""
-        line = (json.dumps({"time": round(time.time(), 3), **to_record(event)}) + "\n").encode()
-        before = os.fstat(self._fd).st_size
-        if os.write(self._fd, line) < len(line):  # the disk is full: half a line would spoil the next one
-            os.ftruncate(self._fd, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if not isinstance(event, Step):
-            os.fsync(self._fd)
-
-    def close(self) -> None:
-        """Closes the file."""
-        os.close(self._fd)
 
 
 class Runs:
@@ -313,26 +218,42 @@ class Runs:
     def create(self, spec: RunSpec) -> Run:
         """Makes a run's folder with the frozen spec; nothing is started.
 
+        One that continues another begins with that one's checkpoint, and its history up to there.
+
         Raises:
-            LoRAError: The folder cannot be written.
+            LoRAError: The spec holds half of a character, the folder cannot be written, or what it continues is gone.
         """
+        parent, _, step = spec.continues.partition("@")
+        if parent and int(step) not in self.get(parent).checkpoints.steps():
+            steps = ", ".join(map(str, self.get(parent).checkpoints.steps())) or "none"
+            raise LoRAError(f"`continues` (={spec.continues!r}) must name a checkpoint of that run; it has {steps}.")
+        try:
+            text = json.dumps(spec.to_dict(), indent=2, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            words = quoted(error.object[max(0, error.start - 20) : error.end])
+            raise LoRAError(f"The run's settings must be of whole characters; correct the end of {words}.") from error
         slug = re.sub(r"[^a-z0-9]+", "-", spec.name.lower()).strip("-")[:40] or "run"
         run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{slug}-{secrets.token_hex(2)}"
         folder = self.workspace.runs / run_id
         try:
             folder.mkdir()
-            temporary = folder / ".spec.json"
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(spec.to_dict(), file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(folder / "spec.json")
+            if parent:
+                self._begin_with(self.get(parent), int(step), Run(folder))
+            write_whole(folder / "spec.json", text)
         except OSError as error:
             raise LoRAError(
                 f"The run's folder {folder} could not be written ({error.strerror}); free some space, "
                 "or choose another workspace."
             ) from error
         return self.get(run_id)
+
+    def _begin_with(self, parent: Run, step: int, run: Run) -> None:
+        for kept in parent.checkpoints.steps():
+            if kept <= step:
+                shutil.copytree(parent.checkpoints.at(kept), run.checkpoints.at(kept), copy_function=share_file)
+        shutil.copyfile(parent.log.path, run.log.path)
+        run.log.cut_back(step, is_evaluated=True)
+        run.tell(Finished(step, "paused", 0))
 
     def get(self, run_id: str) -> Run:
         """Returns the run of that id.
@@ -341,7 +262,7 @@ class Runs:
             LoRAError: There is none.
         """
         folder = self.workspace.runs / run_id
-        if not re.fullmatch(r"[\w-]{1,120}", run_id) or not (folder / "spec.json").is_file():
+        if not _ID.fullmatch(run_id) or not (folder / "spec.json").is_file():
             raise LoRAError(f"`run` (={run_id!r}) must be a run of this workspace; it may have been deleted.")
         if run_id not in self._known:
             self._known[run_id] = Run(folder)
@@ -349,12 +270,21 @@ class Runs:
 
     def list(self) -> list[Run]:
         """Returns all runs, the newest first."""
-        names = sorted((p.parent.name for p in self.workspace.runs.glob("*/spec.json")), reverse=True)
-        return [self.get(name) for name in names if re.fullmatch(r"[\w-]{1,120}", name)]  # not one half deleted
+        names = {entry.name for entry in os.scandir(self.workspace.runs) if _ID.fullmatch(entry.name)}
+        for name in names - self._known.keys():
+            if (self.workspace.runs / name / "spec.json").is_file():  # not one half made
+                self._known[name] = Run(self.workspace.runs / name)
+        known = dict(self._known)  # one of them may be deleted meanwhile
+        return [known[name] for name in sorted(names & known.keys(), reverse=True)]
 
     def running(self) -> Run | None:
         """Returns the run that is going on, or None."""
         return next((run for run in self.list() if run.is_running()), None)
+
+    def queued(self) -> "list[Run]":
+        """Returns the runs that wait for their turn, the next one first."""
+        places = [(place, run.id, run) for run in self.list() if (place := run.place) is not None]
+        return [run for _, _, run in sorted(places, key=lambda found: found[:2])]
 
     def delete(self, run: Run) -> None:
         """Removes a run's folder for good.

@@ -16,7 +16,9 @@ import pytest
 from core import Evaluated, Failed, Finished, LoRAConfig, LoRAError, Noted, Started, Step, TrainConfig, to_record
 from studio import runs as runs_module
 from studio.data import DataSpec
-from studio.runs import EventLog, EventWriter, Run, Runs, RunSpec
+from studio.event_log import EventLog, EventWriter
+from studio.runs import Run, Runs
+from studio.specs import RunSpec
 
 STARTED = Started(9, 384, 10_000, "cpu", "float32", "resident memory of the process")
 EVALUATED = Evaluated(2, 0.75, 512, 0.25)
@@ -202,7 +204,7 @@ def test_lines_of_two_writers_at_once_stay_whole(workspace):
     run = Runs(workspace).create(RunSpec())
 
     def write(first: int) -> None:
-        writer = EventWriter(run)
+        writer = EventWriter(run.log)
         for i in range(first, first + 400):
             writer.write(step(i))
         writer.close()
@@ -219,9 +221,10 @@ FILL_THE_DISK = """
 import resource, sys
 from pathlib import Path
 from core import Finished, Noted
-from studio.runs import EventWriter, Run
+from studio.event_log import EventWriter
+from studio.runs import Run
 run = Run(Path(sys.argv[1]))
-writer = EventWriter(run)
+writer = EventWriter(run.log)
 writer.write(Noted("first"))
 size = (run.folder / "events.jsonl").stat().st_size
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -337,7 +340,7 @@ def test_follow_yields_all_events_and_ends_when_the_worker_is_gone(write_run):
     with run.locked():
         following = run.follow(poll_seconds=0.001)
         seen.append(next(following))
-        writer = EventWriter(run)
+        writer = EventWriter(run.log)
         writer.write(STARTED)
         seen.append(next(following))
         writer.write(step(1))
@@ -364,11 +367,12 @@ def test_the_log_s_tail_is_its_last_lines_in_any_encoding(printed, tail, write_r
     assert run.log_tail() == tail
 
 
-def test_an_adapter_counts_once_its_config_is_there(write_run):
+def test_an_adapter_counts_once_both_its_files_are_there(write_run):
     run = write_run()
     run.adapter_folder.mkdir()
-    assert not run.has_adapter
-    (run.adapter_folder / "adapter_config.json").write_text("{}")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert not run.has_adapter
+        (run.adapter_folder / name).write_text("{}")
     assert run.has_adapter
 
 
@@ -384,12 +388,19 @@ def test_a_new_run_s_folder_holds_its_spec_and_nothing_half_written(workspace):
     assert abs(run.created - datetime.now()) < timedelta(minutes=1)
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "日本", "a/b\x00c", "x" * 500, "\ud800", "CON: <b>"])
+@pytest.mark.parametrize("name", ["../../etc/passwd", "日本", "a/b\x00c", "x" * 500, "CON: <b>"])
 def test_any_name_makes_a_folder_of_harmless_letters(name, workspace):
     runs = Runs(workspace)
     run = runs.create(RunSpec(name=name))
     assert re.fullmatch(r"[0-9]{8}-[0-9]{6}-[a-z0-9-]{1,40}-[0-9a-f]{4}", run.id)
     assert Runs(workspace).get(run.id).spec.name == name
+
+
+@pytest.mark.parametrize("spec", [RunSpec(name="\ud800"), RunSpec(data=DataSpec(instruction="Say \udfff"))])
+def test_half_of_a_character_is_refused_before_a_folder_is_made(spec, workspace):
+    with pytest.raises(LoRAError, match=r"must be of whole characters; correct the end of '.*\\ud"):
+        Runs(workspace).create(spec)
+    assert list(workspace.runs.iterdir()) == []
 
 
 def test_runs_are_listed_with_the_newest_first(workspace, monkeypatch):

@@ -1,0 +1,78 @@
+"""What a run is made from, as `spec.json` holds it."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from core import LoRAConfig, LoRAError, TrainConfig, quoted, read_json
+from studio.data import DataSpec
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """All that a run is made from. The same spec gives the same run.
+
+    Attributes:
+        name: What people call it; any text.
+        model: "starter", a Hub id, a folder or a `.gguf` file.
+        data: Which rows, and how they become tokens.
+        lora: What is adapted.
+        train: How it is trained.
+        continues: The run, and the step of its checkpoint, that this one began with: "RUN@40"; "" for none.
+    """
+
+    name: str = "Untitled"
+    model: str = "starter"
+    data: DataSpec = field(default_factory=DataSpec)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    continues: str = ""
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Builds a spec from plain values, as `spec.json` holds them; what is absent takes its default.
+
+        Raises:
+            LoRAError: A part does not exist or is out of range.
+        """
+        if not isinstance(values, dict):
+            raise LoRAError(f"A spec must be a table with name, model, data, lora, train; not {type(values).__name__}.")
+        unknown = set(values) - {"name", "model", "data", "lora", "train", "continues"}
+        if unknown:
+            raise LoRAError(
+                f"A spec has no part {', '.join(sorted(map(str, unknown)))}; it has name, model, data, lora, train."
+            )
+        for part in ("name", "model"):
+            if part in values and not (isinstance(values[part], str) and values[part].strip()):
+                raise LoRAError(f"`{part}` (={quoted(values[part])}) must be text.")
+        if not re.fullmatch(r"([\w-]+@\d{1,12})?", str(values.get("continues", ""))):
+            raise LoRAError(f"`continues` (={quoted(values['continues'])}) must be RUN@STEP, as the studio writes it.")
+        parts = {"data": DataSpec, "lora": LoRAConfig, "train": TrainConfig}
+        return cls(**{k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Reads a spec from a JSON file.
+
+        Raises:
+            LoRAError: The file is missing, is no JSON or holds no spec.
+        """
+        try:
+            values = read_json(path)
+        except (OSError, ValueError, RecursionError) as error:
+            raise LoRAError(
+                f"`SPEC` (={str(path)!r}) must be a JSON file ({error}); a run's own spec.json is an example."
+            ) from error
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values that JSON can hold."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "data": self.data.to_dict(),
+            "lora": self.lora.to_dict(),
+            "train": self.train.to_dict(),
+            **({"continues": self.continues} if self.continues else {}),
+        }
