@@ -1,14 +1,23 @@
-"""The `lora-studio` command: serve, train, demo."""
+"""The `lora-studio` command: serve, train, demo, and what can be done with runs."""
 
 import argparse
+import ipaddress
+import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core import LoRAConfig, LoRAError, TrainConfig, settings
 from studio.workspace import Workspace
+
+if TYPE_CHECKING:
+    from studio.doors import Account
+    from studio.runs import Run, Runs
+    from studio.specs import RunSpec
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,19 +56,32 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = command("serve", _serve, "Serve the studio's page on this machine.")
     serve.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: %(default)s, this machine only); any other asks for a password",
     )
     serve.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
+    serve.add_argument("--user", metavar="NAME", help="name to sign in with (default: studio)")
+    serve.add_argument(
+        "--password-file",
+        metavar="FILE",
+        type=Path,
+        help="text file with the password (default: $LORA_STUDIO_PASSWORD, else one is made and printed)",
+    )
+    serve.add_argument(
+        "--allow-path",
+        metavar="DIR",
+        type=Path,
+        action="append",
+        default=[],
+        help="folder, besides the workspace, whose models the page may open; may be given again",
+    )
     serve.add_argument("--no-browser", action="store_true", help="do not open a browser")
     serve.add_argument("--run-id", metavar="RUN", help="open the page at this run")
     train = command("train", _train, "Train one run in a process of its own, and follow it.")
-    train.add_argument("spec", metavar="SPEC", type=Path, help="a JSON file like the spec.json of a run")
     train.add_argument("--json", action="store_true", help="print every event as one line of JSON")
-    for config in (LoRAConfig, TrainConfig):
-        group = train.add_argument_group(f"settings that go before those of SPEC ({config.__name__})")
-        for s in settings(config):
-            metavar = "{" + ",".join(s.choices) + "}" if s.choices else "X"
-            group.add_argument(f"--{s.name.replace('_', '-')}", metavar=metavar, help=s.help.replace("%", "%%"))
+    _add_spec(train)
+    commands_for_runs(command)
     demo = command("demo", _demo, "Train the starter model on a starter data set and show what changed.")
     demo.add_argument("--steps", type=int, default=40, help="optimizer steps (default: %(default)s)")
     demo.add_argument(
@@ -73,13 +95,57 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_spec(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("spec", metavar="SPEC", type=Path, nargs=nargs, help="a JSON file like the spec.json of a run")
+    for config in (LoRAConfig, TrainConfig):
+        group = parser.add_argument_group(f"settings that go before those of SPEC ({config.__name__})")
+        for s in settings(config):
+            metavar = "{" + ",".join(s.choices) + "}" if s.choices else "X"
+            group.add_argument(f"--{s.name.replace('_', '-')}", metavar=metavar, help=s.help.replace("%", "%%"))
+
+
+def commands_for_runs(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds the commands that list and steer runs; all of them take --json."""
+
+    def add(name: str, run: Callable[..., int], help: str, *, of_run: bool = True) -> argparse.ArgumentParser:
+        sub = command(name, run, help)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
+        if of_run:
+            sub.add_argument("run_id", metavar="RUN", help="a run's id, or how it begins")
+        return sub
+
+    add("runs", _runs, "List all runs, the newest first.", of_run=False)
+    pause = add("pause", _end, "Save everything and free the memory after the step at hand; resume goes on from there.")
+    pause.set_defaults(reason="paused")
+    stop = add("stop", _end, "Save everything and end after the step at hand.")
+    stop.set_defaults(reason="stopped")
+    stop.add_argument("--now", action="store_true", help="kill it; what came after its last checkpoint is lost")
+    resume = add("resume", _resume, "Go on from the last checkpoint, as if nothing had happened, and follow it.")
+    resume.add_argument("--further", type=int, metavar="N", help="train N steps more than were asked for, as a new run")
+    queue = add("queue", _queue, "List the runs that wait, or with SPEC add to them; a sweep adds many.", of_run=False)
+    queue.add_argument("--move", nargs=2, metavar=("RUN", "BY"), help="move a run BY places down, or up if negative")
+    queue.add_argument("--cancel", metavar="RUN", help="take a run out of the queue")
+    queue.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUES",
+        help="a run for each value, r=4,8,16; given more than once, for each combination",
+    )
+    _add_spec(queue, nargs="?")
+
+
 def _serve(args: argparse.Namespace, workspace: Workspace) -> int:
     if not 0 < args.port < 65536:
         raise LoRAError(f"`--port` (={args.port}) must be from 1 to 65535.")
+    for folder in args.allow_path:
+        if not folder.is_dir():
+            raise LoRAError(f"`--allow-path` (={str(folder)!r}) must be a folder that exists.")
     try:
-        family, *_, address = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(args.host, args.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise LoRAError(f"`--host` (={args.host!r}) must be an address of this machine, such as 127.0.0.1.") from error
+    family, *_, address = found[0]
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -90,26 +156,150 @@ def _serve(args: argparse.Namespace, workspace: Workspace) -> int:
                 f"is the studio running already? Else try --port {args.port % 65535 + 1}."
             ) from error
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    os.environ["GRADIO_TEMP_DIR"] = str(workspace.incoming)
+    from studio import doors
     from studio.app import launch
     from studio.state import Studio
+
+    is_local = all(ipaddress.ip_address(place[0]).is_loopback for *_, place in found)
+    is_asked = args.user is not None or args.password_file is not None or doors.PASSWORD_VARIABLE in os.environ
+    account = doors.Account.of(args.user, args.password_file) if is_asked or not is_local else None
+    os.environ.pop(doors.PASSWORD_VARIABLE, None)  # no worker needs it
 
     query = f"?run={args.run_id}" if args.run_id else ""
     host = "localhost" if args.host == "127.0.0.1" else f"[{args.host}]" if ":" in args.host else args.host
     url = f"http://{host}:{args.port}/{query}"
-    launch(Studio(workspace), host=args.host, port=args.port, url=url, browser=not args.no_browser)
+    launch(
+        Studio(workspace, args.allow_path),
+        host=args.host,
+        port=args.port,
+        url=url,
+        browser=not args.no_browser,
+        account=account,
+        notes=_notes(account, is_local),
+    )
     return 0
+
+
+def _notes(account: "Account | None", is_local: bool) -> list[str]:
+    """Returns what the operator should know about who can come in."""
+    notes = []
+    if account is not None:
+        password = f"{account.password} (made for this start, shown only here)" if account.is_generated else "as given"
+        notes.append(f"Sign in as {account.name}; password: {password}.")
+    if not is_local:
+        notes.append(
+            "Other machines can reach this page. The connection is not encrypted: whoever can listen in reads the "
+            "password and all else; keep to a network that you trust, or put a proxy with TLS before it."
+        )
+    return notes
 
 
 def _train(args: argparse.Namespace, workspace: Workspace) -> int:
     from studio import jobs
-    from studio.runs import Runs, RunSpec
+    from studio.runs import Runs
+
+    return jobs.follow(jobs.start(Runs(workspace), _spec(args)), as_json=args.json)
+
+
+def _spec(args: argparse.Namespace) -> "RunSpec":
+    """Returns the spec of SPEC with the settings of the command line."""
+    from studio.specs import RunSpec
 
     spec = RunSpec.read(args.spec).to_dict()
     for part, config in (("lora", LoRAConfig), ("train", TrainConfig)):
         given = [(s, getattr(args, s.name)) for s in settings(config)]
         spec[part] |= {s.name: s.parse(text) for s, text in given if text is not None}
-    run = jobs.start(Runs(workspace), RunSpec.from_dict(spec))
+    return RunSpec.from_dict(spec)
+
+
+def _find(runs: "Runs", beginning: str) -> "Run":
+    found = [run for run in runs.list() if run.id.startswith(beginning)]
+    exact = [run for run in found if run.id == beginning]
+    if len(exact or found) != 1:
+        raise LoRAError(
+            f"`RUN` (={beginning!r}) must be, or begin like, the id of one run, not of {len(found)}; "
+            "`lora-studio runs` lists them."
+        )
+    return (exact or found)[0]
+
+
+def _print_runs(listed: "list[Run]", *, as_json: bool) -> int:
+    rows = []
+    for run in listed:
+        try:
+            log, status = run.log, run.status
+            step = log.steps[-1].step if log.steps else 0
+            loss = log.evaluations[-1].loss if log.evaluations else None
+            row = {"id": run.id, "name": run.spec.name, "status": status, "step": step, "steps": run.spec.train.steps}
+            rows.append({**row, "held_out_loss": loss, "adapter": str(run.adapter_folder) if run.has_adapter else None})
+        except LoRAError as error:
+            rows.append({"id": run.id, "name": "", "status": "damaged", "problem": str(error)})
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        done = f"{row['step']} of {row['steps']}" if "step" in row else row["problem"]
+        print(f"{row['id']:<45}  {row['status']:<11}  {done:<14}  {row['name']}")
+    return 0
+
+
+def _runs(args: argparse.Namespace, workspace: Workspace) -> int:
+    from studio.runs import Runs
+
+    return _print_runs(Runs(workspace).list(), as_json=args.json)
+
+
+def _end(args: argparse.Namespace, workspace: Workspace) -> int:
+    from studio import jobs
+    from studio.runs import Runs
+
+    runs = Runs(workspace)
+    run = _find(runs, args.run_id)
+    if run.status == "queued":
+        jobs.cancel(runs, run)
+    elif run.status != "running":
+        raise LoRAError(f"Run {run.id} must be running or queued to be ended; it is {run.status}.")
+    elif getattr(args, "now", False):
+        jobs.kill(run)
+    else:
+        run.ask_to_stop(args.reason)
+        for _ in run.follow():
+            pass
+    return _print_runs([run], as_json=args.json)
+
+
+def _resume(args: argparse.Namespace, workspace: Workspace) -> int:
+    from studio import jobs
+    from studio.runs import Runs
+
+    runs = Runs(workspace)
+    run = _find(runs, args.run_id)
+    if args.further is not None:
+        run = jobs.further(runs, run, args.further)
+    else:
+        jobs.resume(runs, run)
     return jobs.follow(run, as_json=args.json)
+
+
+def _queue(args: argparse.Namespace, workspace: Workspace) -> int:
+    from studio import jobs, sweeps
+    from studio.runs import Runs
+
+    runs = Runs(workspace)
+    if args.spec is not None:
+        specs = sweeps.grid(_spec(args), sweeps.parse(args.sweep))
+        return _print_runs([jobs.start(runs, spec) for spec in specs], as_json=args.json)
+    if args.sweep:
+        raise LoRAError("`--sweep` must come with the SPEC whose settings it varies.")
+    if args.move:
+        beginning, by = args.move
+        if not re.fullmatch(r"[+-]?\d{1,9}", by):
+            raise LoRAError(f"`--move` (={by!r}) must be given a whole number of places, such as -1.")
+        jobs.move(runs, _find(runs, beginning), int(by))
+    if args.cancel:
+        jobs.cancel(runs, _find(runs, args.cancel))
+    return _print_runs(runs.queued(), as_json=args.json)
 
 
 def _demo(args: argparse.Namespace, workspace: Workspace) -> int:

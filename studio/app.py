@@ -2,19 +2,22 @@
 
 import json
 import logging
+import shutil
 import webbrowser
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
-from core import TrainConfig, resolve_device
-from studio import jobs, theme, watch
-from studio.runs import Run, RunSpec
+from core import LoRAError, TrainConfig, resolve_device
+from studio import doors, jobs, theme, watch
+from studio.remedies import remedies
+from studio.runs import Run
+from studio.specs import RunSpec
 from studio.state import Studio
 from studio.tabs import chat, data, model, runs, spectrum, train
-
-MAX_UPLOAD_BYTES = 200 * 1024 * 1024
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -64,56 +67,83 @@ def _wire(
 ) -> None:
     num_model, num_data = len(model_tab.inputs), len(data_tab.inputs)
 
-    def choices() -> list[tuple[str, str]]:
-        return [(runs.label(run), run.id) for run in studio.runs.list()]
-
     def opened(request: gr.Request) -> Any:
         listed = studio.runs.list()
         asked = dict(request.query_params).get("run")
         ids = [run.id for run in listed]
         going = next((run.id for run in listed if run.is_running()), None)
         value = asked if asked in ids else going or (ids[0] if ids else None)
-        return gr.Dropdown(choices=choices(), value=value)
+        return gr.Dropdown(choices=runs.choices(studio, listed), value=value)
 
     def turned(run: str | None) -> list[Any]:
-        listed = choices()
+        listed = runs.choices(studio, studio.runs.list())
         ids = [run_id for _, run_id in listed]
         if run and run not in ids:  # it was deleted
             run = ids[0] if ids else None
-            return [gr.Dropdown(choices=listed, value=run), train.stop_button(studio.runs.get(run) if run else None)]
+            return [gr.Dropdown(choices=listed, value=run), *controls(run)]
         # The value is left alone: this may be asked before the page has opened its run, or while another is chosen.
-        return [gr.Dropdown(choices=listed), train.stop_button(studio.runs.get(run) if run else None)]
+        return [gr.Dropdown(choices=listed), *controls(run)]
 
-    def show(run: str | None) -> Any:
-        return gr.HTML(run=run)
+    def controls(run: str | None) -> list[Any]:
+        return train.controls(studio.runs.get(run) if run else None)
 
-    def begin(name: str, *values: Any) -> Any:
+    def show(run: str | None) -> list[Any]:
+        return [gr.HTML(run=run), *controls(run)]
+
+    def begin(name: str, sweep: str, *values: Any) -> Any:
         chosen, lora = model.parse(model_tab.form, list(values[:num_model]))
         rows = data.parse(data_tab.form, list(values[num_model : num_model + num_data]))
         longest, *rest = values[num_model + num_data :]
         settings = TrainConfig.from_dict(train_tab.form.values(rest) | {"max_length": longest})
         spec = RunSpec(name.strip() or "Untitled", chosen, rows, lora, settings)
-        studio.check(spec)
-        run = jobs.start(studio.runs, spec)
-        return gr.Dropdown(choices=choices(), value=run.id)
+        return runs.picker(studio, studio.start(spec, sweep))
 
-    def stop(run: str | None) -> Any:
-        if run:
-            studio.runs.get(run).ask_to_stop()
-        return gr.Button(train.STOPPING, interactive=False)
+    def act(name: str) -> Any:
+        def done(run: str | None, num_further: Any) -> list[Any]:
+            if not run:
+                raise LoRAError("`run` (=nothing) must be chosen; start one first.")
+            shown = train.act(studio.runs, name, studio.runs.get(run), num_further)
+            return [
+                runs.picker(studio, shown),
+                *train.controls(shown),
+            ]
+
+        done.__name__ = name
+        return studio.guard(done)
+
+    def mend(place: int) -> Any:
+        def done(run: str) -> list[Any]:
+            started = studio.start(remedies(studio.runs.get(run))[place].spec)
+            return [
+                runs.picker(studio, started),
+                *train.controls(started),
+            ]
+
+        return studio.guard(done)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     page.load(studio.guard(opened), None, run_id, **quiet)
-    run_id.change(studio.guard(show), run_id, head, queue=False, **quiet)
-    head.turned(studio.guard(turned), run_id, [run_id, train_tab.stop], queue=False, **quiet)
+    run_id.change(studio.guard(show), run_id, [head, *train_tab.controls], queue=False, **quiet)
+    changed = [run_id, *train_tab.controls]
+    head.turned(studio.guard(turned), run_id, changed, queue=False, **quiet)
     train_tab.start.click(
         studio.guard(begin),
-        [train_tab.name, *model_tab.inputs, *data_tab.inputs, data_tab.max_length, *train_tab.form.widgets],
+        [
+            train_tab.name,
+            train_tab.sweep,
+            *model_tab.inputs,
+            *data_tab.inputs,
+            data_tab.max_length,
+            *train_tab.form.widgets,
+        ],
         run_id,
         api_visibility="private",
         show_progress="minimal",
     )
-    train_tab.stop.click(studio.guard(stop), run_id, train_tab.stop, queue=False, **quiet)
+    for name, button in train_tab.actions.items():
+        button.click(act(name), [run_id, train_tab.num_further], changed, queue=False, **quiet)
+    for place, button in enumerate(train_tab.remedies):
+        button.click(mend(place), run_id, changed, **quiet)
 
 
 def news(studio: Studio, asked: Any) -> dict[str, Any]:
@@ -129,8 +159,7 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
     parts = {"head-line": head_line(going)}
     if asked["train"]:
         parts |= train.view(run)
-    stop = train.stop_button(run)
-    turn = [[runs.label(some) for some in listed], [some.id for some in listed], stop.value, stop.interactive]
+    turn = [runs.choices(studio, listed), run.stop_asked if run else ""]
     is_cpu_busy = going is not None and going.log.started is not None and going.log.started.device == "cpu"
     seconds = watch.LOOK_SECONDS_ON_CPU if is_cpu_busy else watch.LOOK_SECONDS
     return {"parts": parts, "turn": json.dumps(turn), "every": 1000 * seconds}
@@ -141,7 +170,7 @@ def head_line(going: Run | None) -> str:
     device = str(resolve_device("auto"))
     if going is None:
         return escape(f"Device: {device} · nothing is training")
-    going.log.refresh()
+    going.log.read()
     step = going.log.steps[-1].step if going.log.steps else 0
     return escape(f"Device: {device} · training “{going.spec.name}”, step {step} of {going.spec.train.steps}")
 
@@ -153,7 +182,16 @@ _TITLE = (
 )
 
 
-def launch(studio: Studio, *, host: str, port: int, url: str, browser: bool) -> None:
+def launch(
+    studio: Studio,
+    *,
+    host: str,
+    port: int,
+    url: str,
+    browser: bool,
+    account: doors.Account | None,
+    notes: Sequence[str] = (),
+) -> None:
     """Serves the page until interrupted.
 
     Args:
@@ -162,32 +200,41 @@ def launch(studio: Studio, *, host: str, port: int, url: str, browser: bool) -> 
         port: Port to listen on.
         url: The page's address, as it is shown and opened.
         browser: Whether to open it in the user's browser.
+        account: Who may come in; None lets in all who reach the address.
+        notes: Sentences to print once the page is up.
     """
+    workspace = studio.workspace
     logging.basicConfig(
         filename=studio.log_file, level=logging.WARNING, format="%(asctime)s %(name)s %(levelname)s %(message)s"
     )
+    shutil.rmtree(workspace.incoming)  # what an earlier server was sent and nobody took over
+    workspace.incoming.mkdir()
+    jobs.wake(studio.runs)
+    gr.set_static_paths([workspace.downloads])  # handed out as they lie there, not copied first
     page = build(studio).queue(default_concurrency_limit=8)
     page._queue.sleep_when_free = watch.QUEUE_SECONDS
     page.launch(
-        server_name=host,
+        server_name=f"[{host}]" if ":" in host else host,
         server_port=port,
         inbrowser=False,
         prevent_thread_lock=True,
         theme=theme.theme(),
         css=theme.CSS,
         footer_links=[],
-        app_kwargs={"middleware": [watch.CALM]},
-        max_file_size=MAX_UPLOAD_BYTES,
-        allowed_paths=[str(studio.workspace.downloads)],
+        app_kwargs={
+            "middleware": [Middleware(doors.Doors, workspace=workspace, host=host, account=account), watch.CALM],
+        },
+        max_file_size=doors.MAX_UPLOAD_BYTES,
+        allowed_paths=[str(workspace.downloads)],
+        num_workers=0,  # said, as the environment could ask for more servers, without these doors
+        mcp_server=False,
         ssr_mode=False,
         quiet=True,
         share=False,
         show_error=True,
     )
-    print(
-        f"LoRA Studio is at {url} (workspace {studio.workspace.root}; Ctrl-C ends the page, not a training).",
-        flush=True,
-    )
+    ready = f"LoRA Studio is at {url} (workspace {workspace.root}; Ctrl-C ends the page, not a training)."
+    print("\n".join((ready, *notes)), flush=True)
     if browser:
         webbrowser.open(url)
     page.block_thread()

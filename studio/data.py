@@ -185,10 +185,7 @@ def prepare(
 class Batches:
     """Endless batches of right-padded rows, shuffled anew each epoch; the last of an epoch may be smaller.
 
-    Epoch e has the order that (seed, e) draws, so batch k is the same in every run, and each `iter` starts at batch 0.
-
-    Attributes:
-        num_batches: Batches in an epoch.
+    Epoch e has the order that (seed, e) draws: what follows on so many rows depends on neither run nor process.
     """
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, pad_token_id: int | None) -> None:
@@ -197,23 +194,28 @@ class Batches:
             raise LoRAError("`examples` (=0 rows) must hold at least one row; choose a data set with rows to train on.")
         if batch_size < 1:
             raise LoRAError(f"`batch_size` (={batch_size}) must be at least 1.")
-        self.num_batches = -(-len(examples) // batch_size)
         self._examples, self._batch_size, self._seed, self._pad = examples, batch_size, seed, pad_token_id
-        self._epoch, self._order = -1, []
 
     def __iter__(self) -> Iterator[dict[str, "Tensor"]]:
-        """Yields batch 0, batch 1 and so on, without end."""
-        return (self.batch(index) for index in itertools.count())
+        """Yields the first batch, the second and so on, without end."""
+        return self.after(0)
 
-    def batch(self, index: int) -> dict[str, "Tensor"]:
-        """Returns batch `index` of the endless series, from 0, as `eval_batches` gives them."""
-        epoch, place = divmod(index, self.num_batches)
-        if epoch != self._epoch:
+    def after(self, num_rows: int) -> Iterator[dict[str, "Tensor"]]:
+        """Yields the batches that follow on the first `num_rows` rows, as `eval_batches` gives them, without end."""
+        return (_collate(chosen, self._pad) for chosen in self._chosen_after(num_rows))
+
+    def rows(self, num_rows: int, place: int) -> list[int]:
+        """Returns the numbers in the data set, from 1, of the rows of batch `place`, from 0, of `after(num_rows)`."""
+        return [example.row for example in next(itertools.islice(self._chosen_after(num_rows), place, None))]
+
+    def _chosen_after(self, num_rows: int) -> Iterator[list[Example]]:
+        first, begin = divmod(num_rows, len(self._examples))
+        for epoch in itertools.count(first):
             order = list(range(len(self._examples)))
             random.Random(f"epoch {self._seed} {epoch}").shuffle(order)
-            self._epoch, self._order = epoch, order
-        chosen = self._order[place * self._batch_size : (place + 1) * self._batch_size]
-        return _collate([self._examples[i] for i in chosen], self._pad)
+            for place in range(begin, len(order), self._batch_size):
+                yield [self._examples[i] for i in order[place : place + self._batch_size]]
+            begin = 0
 
 
 def eval_batches(
@@ -265,7 +267,7 @@ class _RowReader:
             row = rows[position]
             try:
                 example = tokenize_row(row, self._spec, self._tokenizer, self._max_length)
-                found.append((_prompt_of(row, self._spec), example))
+                found.append((_prompt_of(row, self._spec), example._replace(row=position + 1)))
             except RowError as error:
                 self.skipped.append((position + 1, f"{where}{error}"))
         return found

@@ -6,7 +6,8 @@ from typing import Any
 from core import Adapter, LoRAConfig, TrainConfig, random_sigma, spectrum
 from studio import data, figures, jobs, models
 from studio.chat import ChatSettings, Engine
-from studio.runs import Run, Runs, RunSpec
+from studio.runs import Run, Runs
+from studio.specs import RunSpec
 from studio.svg import save_figure
 from studio.tables import read_table
 from studio.workspace import Workspace

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import LoRAError
-from studio.model_files import one_line
+from studio.model_files import check_counts, one_line
 from studio.workspace import Workspace
 
 _CONVERSION = 1  # raise it when converted files must be made anew
@@ -80,6 +80,7 @@ def read_config(file: Path) -> Any:
             f"`model` (={file.name!r}) must be a whole GGUF file; it is one of {header['split.count']} parts. "
             "Join them with llama-gguf-split --merge."
         )
+    check_counts(file.name, header, "head")
     stat = file.stat()
     return copy.deepcopy(_parse_config(file, stat.st_size, stat.st_mtime_ns))
 
@@ -117,11 +118,17 @@ def read_header(file: Path) -> dict[str, Any]:
                     return count
                 return take(formats[kind])
 
+            def pair() -> tuple[str, Any]:
+                found = value(8), value(take("I"))
+                if position > len(data):
+                    raise ValueError(f"its head is cut off within {found[0]}")
+                return found
+
             if take("4s") != b"GGUF" or take("I") not in (2, 3):
                 raise ValueError("it does not begin as GGUF of version 2 or 3")
             take("Q")  # number of tensors
-            return {value(8): value(take("I")) for _ in range(take("Q"))}
-    except (OSError, ValueError, KeyError, struct.error) as error:
+            return dict(pair() for _ in range(take("Q")))
+    except (OSError, ValueError, KeyError, RecursionError, struct.error) as error:
         raise _refusal(file, error) from error
 
 
@@ -168,7 +175,7 @@ def _write(file: Path, tree: Any, folder: Path) -> None:
             )
         # The loaded model counts as quantized and refuses to be saved; its weights in a fresh tree do not.
         tree.load_state_dict(loaded.state_dict(), assign=True)
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError, ImportError) as error:
+    except Exception as error:  # whatever a damaged file sets off in its readers
         raise _refusal(file, error) from error
     tree.config.dtype = torch.float32
     tree.save_pretrained(folder)
@@ -204,7 +211,7 @@ def _parse_config(file: Path, num_bytes: int, mtime_ns: int) -> Any:
         config = AutoConfig.from_pretrained(
             file.parent, gguf_file=str(file), trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError, NotImplementedError, ImportError) as error:
+    except Exception as error:  # as in `_write`
         raise _refusal(file, error) from error
     values = config.to_dict()
     for trace in ("_model_name_or_path", "quantization_config"):

@@ -7,13 +7,16 @@ SVG without a script, stretched to the width it is given; its words are HTML, so
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
+
+import numpy as np
 
 MAX_POINTS = 300
 _WIDTH, _HEIGHT = 1000, 100  # of the drawing's own units; it is stretched to the page's
 _MAX_STRIPS = 40  # to point at, in a chart that is large enough for it
 _STRIP_HEIGHT = 200
+_TOO_LARGE = 1e300
 
 Point = tuple[float, float]
 
@@ -25,14 +28,15 @@ class Curve:
     Attributes:
         name: What the key calls it; "" where the chart's title says it all.
         color: Any CSS colour.
-        points: (step, value), steps rising; values that are not finite leave a gap.
+        points: (step, value), steps rising, as pairs or as the rows of an array; values that are not finite leave a
+            gap.
         dots: Whether each point is marked, too.
         thickness: Of the line, in pixels.
     """
 
     name: str
     color: str
-    points: Sequence[Point]
+    points: Sequence[Point] | np.ndarray
     dots: bool = False
     thickness: float = 1.5
 
@@ -46,7 +50,7 @@ def chart(title: str, curves: Sequence[Curve], *, height: int, empty: str = "") 
         height: Of the drawing, in pixels.
         empty: What stands there while there is nothing to draw.
     """
-    drawn = [Curve(c.name, c.color, thin(c.points), c.dots, c.thickness) for c in curves]
+    drawn = [replace(c, points=thin(c.points)) for c in curves]
     finite = [p for c in drawn for p in c.points if _can_be_drawn(p[1])]
     if not finite:
         return (
@@ -100,17 +104,21 @@ def chart(title: str, curves: Sequence[Curve], *, height: int, empty: str = "") 
     )
 
 
-def thin(points: Sequence[Point]) -> list[Point]:
+def thin(points: Sequence[Point] | np.ndarray) -> list[Point]:
     """Returns at most `MAX_POINTS` points: of each stretch the lowest and the highest, so that spikes stay."""
-    if len(points) <= MAX_POINTS:
-        return list(points)
-    stretch = math.ceil(2 * len(points) / (MAX_POINTS - 1))
-    kept: list[Point] = []
-    for start in range(0, len(points) - 1, stretch):
-        part = [p for p in points[start : min(start + stretch, len(points) - 1)] if _can_be_drawn(p[1])]
-        if part:
-            kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
-    return [*kept[: MAX_POINTS - 1], points[-1]]  # the last as it stands: it is the one in the key
+    table = np.asarray(points, float).reshape(-1, 2)
+    if len(table) > MAX_POINTS:
+        stretch = math.ceil(2 * len(table) / (MAX_POINTS - 1))
+        starts = np.arange(0, len(table) - 1, stretch)
+        values = np.full(len(starts) * stretch, np.nan)
+        values[: len(table) - 1] = table[:-1, 1]
+        values = values.reshape(-1, stretch)
+        can_be_drawn = np.abs(values) < _TOO_LARGE
+        lowest = starts + np.where(can_be_drawn, values, np.inf).argmin(1)
+        highest = starts + np.where(can_be_drawn, values, -np.inf).argmax(1)
+        kept = np.unique(np.stack([lowest, highest])[:, can_be_drawn.any(1)])
+        table = table[[*kept[: MAX_POINTS - 1], -1]]  # the last as it stands: it is the one in the key
+    return [(x, y) for x, y in table.tolist()]
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
@@ -156,7 +164,7 @@ def _strips(curves: Sequence[Curve], left: float, right: float) -> list[str]:
 
 
 def _can_be_drawn(value: float) -> bool:
-    return abs(value) < 1e300  # false for NaN, too
+    return abs(value) < _TOO_LARGE  # false for NaN, too
 
 
 def _number(value: float) -> str:

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from core.config import Config, setting
+from core.declarations import Config, setting
 from core.errors import LoRAError
 from studio.readers import Row, names_of
 from studio.tables import Table, list_starters
@@ -255,7 +255,7 @@ def _parse_message(value: Any, place: str, column: str) -> Message:
     content = value.get("content", value.get("value"))
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text", "")) for part in content)
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise RowError(f"{place} has the role {str(role)[:40]!r}; it must be system, user, assistant or tool")
     if not isinstance(content, str):
         raise RowError(f"{place} has no text as content")

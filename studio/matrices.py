@@ -1,6 +1,7 @@
 """The names of a model's matrices as people know them: by layer and by kind."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -29,19 +30,21 @@ def split_path(path: str) -> tuple[str, int, str]:
 
 @dataclass(frozen=True)
 class MatrixKind:
-    """All matrices of one name, over the layers.
+    """All matrices of one name, over the layers; of experts, those of one stack.
 
     Attributes:
         name: The name inside a layer.
         shape: (out_features, in_features) of the first.
-        num_layers: How many there are.
-        form: "linear", "slice" of a fused projection, "embedding" or "convolution".
+        num_layers: How many layers have it.
+        form: "linear", "slice" of a fused projection, "expert" out of a stack, "embedding" or "convolution".
+        num_experts: How many matrices a layer's stack of experts has at most; 1 of what is no stack.
     """
 
     name: str
     shape: tuple[int, int]
     num_layers: int
     form: str = "linear"
+    num_experts: int = 1
 
     @property
     def is_attention(self) -> bool:
@@ -56,12 +59,12 @@ class MatrixKind:
 
 def kinds(shapes: Mapping[str, tuple[int, int]], form: str = "linear") -> list[MatrixKind]:
     """Returns the kinds of matrices among path → shape, all of one form, in the model's order."""
-    found: dict[str, tuple[tuple[int, int], int]] = {}
+    found: dict[str, tuple[tuple[int, int], Counter[str]]] = {}
     for path, shape in shapes.items():
-        name = layer_and_matrix(path)[1]
-        first, count = found.get(name, (shape, 0))
-        found[name] = (first, count + 1)
-    return [MatrixKind(name, shape, count, form) for name, (shape, count) in found.items()]
+        # An expert's number is the last part of its path.
+        whole = path.rpartition(".")[0] if form == "expert" else path
+        found.setdefault(layer_and_matrix(whole)[1], (shape, Counter()))[1][whole] += 1
+    return [MatrixKind(name, shape, len(wholes), form, max(wholes.values())) for name, (shape, wholes) in found.items()]
 
 
 def presets(found: Iterable[MatrixKind]) -> dict[str, list[str]]:
@@ -71,7 +74,7 @@ def presets(found: Iterable[MatrixKind]) -> dict[str, list[str]]:
     """
     found = list(found)
     query_value = [k.name for k in found if k.leaf in _QUERY | _VALUE]
-    linear = [k for k in found if k.form == "linear"]
+    linear = [k for k in found if k.form in ("linear", "expert")]
     linear = [k for k in linear if k.num_layers > 1] or linear
     choices = {
         "Query and value (the paper)": query_value,

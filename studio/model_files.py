@@ -3,21 +3,25 @@
 Reads file names, JSON and the heads of safetensors files; never transformers, never the network.
 """
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from core.errors import LoRAError
+import core
+from core import LoRAError, cut, quoted
 
 STARTER = "starter"
 """The name of the model that is always there."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+
+_COUNT = re.compile(r"\b(num|n|encoder|decoder)_(\w+_)?(layer|block|expert)s?$|(block|expert)_count$")
+_MAX_COUNT = 10_000
 
 Progress = Callable[[str], None]
 """Takes one sentence about what is being done and takes long."""
@@ -66,12 +70,26 @@ def tensor_files(folder: Path) -> dict[str, str]:
     Raises:
         LoRAError: The index of the weights is damaged.
     """
-    from safetensors import safe_open
-
     if not (folder / WEIGHTS).is_file():
         return _weight_map(folder)
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
+    with open_weights(folder / WEIGHTS) as file:
         return dict.fromkeys(file.keys(), WEIGHTS)
+
+
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """Opens a safetensors file for reading, as `safetensors.safe_open` does.
+
+    Raises:
+        LoRAError: It is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as weights:
+            yield weights
+    except (OSError, SafetensorError) as error:
+        raise _damaged(str(file.parent), file, error) from error
 
 
 def find_key(wanted: str, files: dict[str, str]) -> str | None:
@@ -85,13 +103,11 @@ def find_key(wanted: str, files: dict[str, str]) -> str | None:
 
 def stored_dtype(folder: Path) -> str | None:
     """Returns the dtype of most of the weights, in torch's words, or None where some are missing."""
-    from safetensors import safe_open
-
     if missing_weights(folder):
         return None
     sizes: Counter[str] = Counter()
     for name in weight_names(folder):
-        with safe_open(folder / name, framework="pt") as file:
+        with open_weights(folder / name) as file:
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 part = file.get_slice(key)
                 sizes[part.get_dtype()] += math.prod(part.get_shape())
@@ -129,15 +145,19 @@ def read_json(model: str, file: Path) -> dict[str, Any]:
         LoRAError: It is damaged, or no table.
     """
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoRAError(
-            f"`model` (={model!r}) must hold a readable {file.name}; it is damaged ({one_line(error)}). "
-            "Fetch the file again."
-        ) from error
+        values = core.read_json(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(model, file, error) from error
     if not isinstance(values, dict):
         raise LoRAError(f"`model` (={model!r}) must hold a table of settings in {file.name}; it holds something else.")
     return values
+
+
+def _damaged(model: str, file: Path, error: Exception) -> LoRAError:
+    return LoRAError(
+        f"`model` (={model!r}) must hold a readable {file.name}; it is damaged ({one_line(error)}). "
+        "Fetch the file again."
+    )
 
 
 def no_safetensors(model: str, names: list[str]) -> LoRAError:
@@ -153,16 +173,36 @@ def no_safetensors(model: str, names: list[str]) -> LoRAError:
 
 def one_line(error: Exception) -> str:
     """Returns what `error` says, on one line and not for pages."""
-    return short(" ".join(str(error).split()) or type(error).__name__)
+    return cut(" ".join(str(error).split()) or type(error).__name__, 200)
 
 
-def short(text: str, limit: int = 200) -> str:
-    """Returns `text`, its end cut off where it is longer than `limit`."""
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def check_counts(model: str, values: Mapping[str, Any], where: str) -> None:
+    """Refuses settings that ask for so many layers that naming them would fill the memory.
+
+    Raises:
+        LoRAError: A model has no such number of layers, blocks or experts.
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            check_counts(model, value, where)
+        elif _COUNT.search(name) and isinstance(value, (int, float)) and value > _MAX_COUNT:
+            raise LoRAError(
+                f"`model` (={model!r}) must be of a size that exists; {name} (={quoted(value)}) in its {where} is "
+                f"above {_MAX_COUNT:,}. Fetch the file again."
+            )
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).name == value
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
     values = read_json(str(folder), folder / INDEX).get("weight_map")
     if not isinstance(values, dict) or not values:
         raise LoRAError(f"`model` (={str(folder)!r}) must have a weight_map in its {INDEX}; fetch the file again.")
+    if strange := [name for name in values.values() if not _is_file_name(name)]:
+        raise LoRAError(
+            f"`model` (={str(folder)!r}) must name files beside its {INDEX}, and no others; {strange[0]!r} is "
+            "none. Fetch the file again."
+        )
     return values

@@ -12,19 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import LoRAError
+from core import LoRAError, quoted
 from studio import gguf, hub
 from studio.model_files import (
     STARTER,
     TOKENIZER_FILES,
     Progress,
+    check_counts,
     check_weights,
     find_key,
     has_chat_template,
     licence,
     one_line,
+    open_weights,
     read_json,
-    short,
     stored_dtype,
     tensor_files,
     weight_bytes,
@@ -225,25 +226,29 @@ def load_tokenizer(model: str, workspace: Workspace, progress: Progress | None =
 def read_weight(model: str, workspace: Workspace, path: str) -> "torch.Tensor":
     """Returns the weight of the module at `path`, read alone from the files, in the dtype and shape stored there.
 
-    Linear layers store (out_features, in_features); GPT-2's Conv1D stores (in_features, out_features).
+    Linear layers store (out_features, in_features); GPT-2's Conv1D stores (in_features, out_features). A stack of
+    experts is a parameter itself, and `path` its name.
 
     Raises:
-        LoRAError: No module at `path` has a weight.
+        LoRAError: No module at `path` has a weight, or the files keep a stack in pieces.
     """
-    from safetensors import safe_open
-
     folder = _folder(_locate(model), workspace, weights=True)
     files = tensor_files(folder)
     wanted = f"{path}.weight"
-    key = find_key(wanted, files)
+    key = find_key(wanted, files) or find_key(path, files)
     if key is None:  # a tied weight is stored once, under one of its names
         parameters = dict(skeleton(model, workspace).named_parameters(remove_duplicate=False))
+        if path in parameters:
+            raise LoRAError(
+                f"`path` (={path!r}) must be stored as one weight for W to be read; this model's files keep each "
+                "expert by itself, under other names. What is shown of ΔW alone needs no W."
+            )
         ties = [name for name, p in parameters.items() if p is parameters.get(wanted)]
         key = next((k for k in (find_key(name, files) for name in ties) if k), None)
     if key is None:
         near = [k.removesuffix(".weight") for k in difflib.get_close_matches(wanted, files, n=3, cutoff=0.3)]
         raise LoRAError(f"`path` (={path!r}) must name a module with a weight; near it: {', '.join(near) or 'none'}.")
-    with safe_open(folder / files[key], framework="pt") as file:
+    with open_weights(folder / files[key]) as file:
         return file.get_tensor(key)
 
 
@@ -281,7 +286,7 @@ def _locate(model: str) -> _Source:
         return _Source(model, "gguf", file=path)
     if hub.ID.fullmatch(model):
         return _Source(model, "hub")
-    raise LoRAError(f"`model` (={short(model)!r}) must be {_FORMS}; it is none of these, and no such folder exists.")
+    raise LoRAError(f"`model` (={quoted(model)}) must be {_FORMS}; it is none of these, and no such folder exists.")
 
 
 def _starter_file() -> Path:
@@ -343,13 +348,17 @@ def _check_config_file(model: str, folder: Path) -> None:
 
     said = f"`model` (={model!r}) must"
     values = read_json(model, folder / "config.json")
-    known = values.get("model_type") in CONFIG_MAPPING
+    check_counts(model, values, "config.json")
+    family, classes = values.get("model_type"), values.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise _bad_config(model, TypeError(f"architectures is {quoted(classes)}"))
+    known = isinstance(family, str) and family in CONFIG_MAPPING
     if not known and values.get("auto_map"):
         raise LoRAError(f"{said} work without code of its own, which the studio does not run; choose another model.")
     if not known:
         raise LoRAError(
             f"{said} be of a family that the installed transformers knows; model_type in its config.json is "
-            f"{values.get('model_type')!r}. A newer transformers may know it: pip install -U transformers"
+            f"{quoted(family)}. A newer transformers may know it: pip install -U transformers"
         )
     quantized = values.get("quantization_config")
     if quantized:

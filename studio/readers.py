@@ -212,13 +212,15 @@ def _cells_to_rows(path: Path, records: list[tuple[int, list[str]]], notes: list
     # What pandas writes for its index.
     if header[0] == "" and len(header) > 1:
         header[0] = "index"
+    seen: set[str] = set()
     for i, name in enumerate(header):
         if not name:
             raise LoRAError(
                 f"`{path.name}`, line {line}: column {i + 1} of the header has no name; name it or remove it."
             )
-        if name in header[:i]:
+        if name in seen:
             raise LoRAError(f"`{path.name}`, line {line}: the header has two columns {name!r}; rename one of them.")
+        seen.add(name)
     long = [number for number, cells in records if len(cells) > len(header)]
     if long:
         cells = next(c for number, c in records if number == long[0])
@@ -255,6 +257,9 @@ def _read_parquet(path: Path) -> list[Row]:
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
                 raise LoRAError(f"`{path.name}` has two columns of one name among {names_of(names)}; rename one.")
+            parts = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+            if sum(part.total_byte_size for part in parts) > MAX_UNPACKED_BYTES:
+                raise _too_large(path)
             # In small batches: a few bytes of Parquet can stand for gigabytes of repeated text, which count only once
             # in Arrow's dictionaries.
             for batch in file.iter_batches(batch_size=256):
@@ -262,17 +267,22 @@ def _read_parquet(path: Path) -> list[Row]:
                 texts = sum(len(v) for row in new for v in row.values() if isinstance(v, (str, bytes)))
                 num_bytes += max(texts, batch.nbytes)
                 if num_bytes > MAX_UNPACKED_BYTES:
-                    raise LoRAError(
-                        f"`{path.name}` must be at most {MAX_UNPACKED_BYTES / 1e9:g} GB unpacked; keep a part of its "
-                        "rows, which is plenty for a LoRA."
-                    )
+                    raise _too_large(path)
                 rows += new
     except LoRAError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+    # KeyError: a time zone that does not exist.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         words = " ".join(str(error).split())[:200]
         raise LoRAError(f"`{path.name}` is not a Parquet file that can be read ({words}); write it again.") from error
     return rows
+
+
+def _too_large(path: Path) -> LoRAError:
+    return LoRAError(
+        f"`{path.name}` must be at most {MAX_UNPACKED_BYTES / 1e9:g} GB unpacked; keep a part of its rows, which is "
+        "plenty for a LoRA."
+    )
 
 
 def names_of(names: Iterable[Any]) -> str:

@@ -11,6 +11,7 @@ from studio.readers import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+MAX_CHARACTERS = 1_000_000  # of a row: a tokenizer takes minutes and gigabytes for more
 IGNORED = -100  # the label of a token that is not trained on, as in torch's cross_entropy
 
 
@@ -34,11 +35,13 @@ class Example(NamedTuple):
         labels: (seq,) the same token where it is trained, otherwise -100. The loss shifts them, not we. The first is
             always -100: nothing comes before it that could predict it.
         num_cut: How many tokens were cut away at the end.
+        row: Its number in the data set, from 1; 0 where it is of none.
     """
 
     input_ids: "array[int]"
     labels: "array[int]"
     num_cut: int
+    row: int = 0
 
 
 def render(row: Row, spec: DataSpec, tokenizer: "Tokenizer") -> list[Piece]:
@@ -49,6 +52,9 @@ def render(row: Row, spec: DataSpec, tokenizer: "Tokenizer") -> list[Piece]:
         LoRAError: The tokenizer has no chat template, or one that changes earlier turns.
     """
     pieces = [p for p in _pieces(to_messages(row, spec), tokenizer, spec.template) if p.text]
+    length = sum(len(p.text) for p in pieces)
+    if length > MAX_CHARACTERS:
+        raise RowError(f"it has {length:,} characters; at most {MAX_CHARACTERS:,} are read; split it")
     return [p._replace(trained=True) for p in pieces] if spec.train_on == "everything" else pieces
 
 
@@ -153,11 +159,9 @@ def _chat_pieces(messages: list[Message], tokenizer: "Tokenizer", ask: bool) -> 
 
 
 def _apply(messages: list[Message], tokenizer: "Tokenizer", ask: bool) -> str:
-    from jinja2 import TemplateError
-
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
-    except TemplateError as error:
+    except Exception as error:  # whatever a template's expressions can set off
         raise RowError(f"the model's chat template refuses it ({error})") from error
 
 

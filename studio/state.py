@@ -5,7 +5,7 @@ import inspect
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,10 +13,13 @@ from typing import Any, TypeVar
 import gradio as gr
 from torch import nn
 
-from core import Adapter, Factors, LoRAError, Spectrum, plan, resolve_device, resolve_dtype, spectrum
-from studio import data, models
+from core import Adapter, Factors, LoRAError, Spectrum, plan, quoted, resolve_devices, resolve_dtype, spectrum
+from studio import data, hub, jobs, models, sweeps
 from studio.chat import Engine
-from studio.runs import Run, Runs, RunSpec
+from studio.history import Shown
+from studio.model_files import STARTER
+from studio.runs import Run, Runs
+from studio.specs import RunSpec
 from studio.tables import Table, read_table
 from studio.workspace import Workspace
 
@@ -34,11 +37,15 @@ class Studio:
     Attributes:
         workspace: Where everything is written.
         runs: The runs in it.
+        open_folders: Where pages may open files: the workspace, and what the operator allows besides.
+        shown: What lists show of them.
     """
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, allowed: Iterable[Path] = ()) -> None:
         self.workspace = workspace
+        self.open_folders = (workspace.root, *(folder.resolve() for folder in allowed))
         self.runs = Runs(workspace)
+        self.shown = Shown(workspace.cache / "history.json")
         self.log_file = workspace.root / "studio.log"
         self._locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)  # a slow kind holds up no other
         self._kept: dict[str, tuple[Any, Any]] = {}
@@ -56,7 +63,13 @@ class Studio:
         return self._keep("skeleton", model, lambda: models.skeleton(model, self.workspace))
 
     def table(self, source: str) -> Table:
-        """Returns a data set's rows, read anew when its file has changed."""
+        """Returns a data set's rows, read anew when its file has changed.
+
+        Raises:
+            LoRAError: It is a file that pages may not open, or it cannot be read.
+        """
+        if source.partition(":")[0] not in ("starter", "hub"):
+            self._check_place("source", source)
         path = Path(source)
         changed = path.stat().st_mtime_ns if path.is_file() else 0
         return self._keep("table", (source, changed), lambda: read_table(source, self.workspace))
@@ -77,14 +90,49 @@ class Studio:
         """Checks a spec against its model and data as far as that takes no weights.
 
         Raises:
-            LoRAError: A column or a matrix does not exist, or r is larger than a matrix.
+            LoRAError: A column or a matrix does not exist, r is larger than a matrix, or pages may not open a file.
         """
+        self.check_model(spec.model)
         plan(self.skeleton(spec.model), spec.lora)
         data.check_spec(spec.data, self.table(spec.data.source))
 
+    def start(self, spec: RunSpec, sweep: str | None = "") -> Run:
+        """Starts a run, or one for each combination of a sweep, once all of them are checked; returns the first.
+
+        Raises:
+            LoRAError: As of `check`; nothing is started then.
+        """
+        wanted = sweeps.grid(spec, sweeps.parse((sweep or "").splitlines()))
+        for one in wanted:
+            self.check(one)
+        first, *_ = [jobs.start(self.runs, one) for one in wanted]
+        return first
+
+    def check_model(self, model: str) -> None:
+        """Checks that a page may open a model; what the command line names is not asked.
+
+        Raises:
+            LoRAError: `model` is a place outside of `open_folders`.
+        """
+        is_on_hub = hub.ID.fullmatch(model) and not Path(model).exists()  # a folder of that name would go before
+        if model != STARTER and not is_on_hub:
+            self._check_place("model", model)
+
+    def _check_place(self, name: str, value: str) -> None:
+        try:
+            place = Path(value).expanduser().resolve()
+            if any(place.is_relative_to(folder) for folder in self.open_folders):
+                return
+        except (OSError, RuntimeError, ValueError):  # no path on this system
+            pass
+        raise LoRAError(
+            f"`{name}` (={quoted(value)}) must lie in {' or '.join(map(str, self.open_folders))} to be opened from "
+            "the page; copy it there, or start the studio with --allow-path and its folder."
+        )
+
     def _load_engine(self, run: Run) -> Engine:
         model = run.spec.model
-        device = resolve_device(run.spec.train.device)
+        device = resolve_devices(run.spec.train.device)[0]
         small = self.info(model).num_parameters <= FP32_CHAT_LIMIT
         dtype = resolve_dtype("fp32" if device.type == "cpu" and small else run.spec.train.precision, device)
         loaded = models.load_model(model, self.workspace, device=str(device), dtype=dtype)

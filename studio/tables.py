@@ -16,6 +16,7 @@ from studio.readers import EVAL_NAMES, TRAIN_NAMES, Row, check_file, names_of, r
 from studio.workspace import ASSETS, Workspace
 
 MAX_HUB_ROWS = 50_000
+MAX_COLUMNS = 1_000
 STARTERS = ASSETS / "data"
 
 
@@ -141,6 +142,8 @@ def _harmless(name: str) -> str:
     """Returns a file name without folders, leading dots or odd characters, of at most 60 characters."""
     last = re.split(r"[/\\]", unicodedata.normalize("NFC", name))[-1]
     last = re.sub(r"[^\w.()-]+", "_", last).lstrip("._")
+    if re.fullmatch(r"(?i)con|prn|aux|nul|com\d|lpt\d", last.partition(".")[0]):  # devices of Windows, in any folder
+        last = f"data_{last}"
     stem, dot, ending = last.rpartition(".")
     if not dot:
         stem, ending = last, ""
@@ -227,9 +230,23 @@ def _check_hub(name: str) -> None:
 def _table(name: str, rows: list[Row], eval_rows: list[Row], notes: list[str]) -> Table:
     if not rows:
         raise LoRAError(f"`{name}` has no rows; choose a file with at least one row below the header.")
+    _check_columns(name, rows + eval_rows)
     both = _unfold(rows + eval_rows, notes)
     columns = tuple(dict.fromkeys(itertools.chain.from_iterable(both)))
+    for column in columns:
+        if column.encode(errors="ignore").decode() != column:  # no page can be sent it
+            raise LoRAError(f"`{name}` has a column named {column!r}, which holds half of a character; rename it.")
     return Table(name, columns, both[: len(rows)], both[len(rows) :], tuple(notes))
+
+
+def _check_columns(name: str, rows: list[Row]) -> None:
+    columns = dict.fromkeys(itertools.chain.from_iterable(rows))
+    if not columns:
+        raise LoRAError(f"`{name}` has no columns; give each row a prompt and a completion, or a text.")
+    if len(columns) > MAX_COLUMNS:
+        raise LoRAError(
+            f"`{name}` has {len(columns):,} columns; keep at most {MAX_COLUMNS:,}, the ones to train on among them."
+        )
 
 
 def _unfold(rows: list[Row], notes: list[str]) -> list[Row]:

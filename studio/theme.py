@@ -84,12 +84,14 @@ CSS = f"""
 .said.warn {{ border-color: var(--adapted); }}
 .said.error {{ border-color: #c62828; }}
 .said p {{ margin: .2rem 0; }}
+.command {{ margin: .75rem 0 0; font-size: .85rem; color: var(--body-text-color-subdued); }}
+.command code {{ user-select: all; overflow-wrap: anywhere; }}
 .chip {{ display: inline-block; border-radius: 999px; padding: .05rem .6rem; font-size: .8rem; font-weight: 600;
   border: 1px solid currentColor; }}
 .chip.running {{ color: var(--adapted); }} .chip.finished {{ color: #2e7d4f; }}
 .dark .chip.finished {{ color: #6cc393; }}
 .chip.failed, .chip.interrupted {{ color: #c62828; }} .dark .chip.failed, .dark .chip.interrupted {{ color: #ff8a80; }}
-.chip.stopped {{ color: var(--body-text-color-subdued); }}
+.chip.stopped, .chip.queued, .chip.paused {{ color: var(--body-text-color-subdued); }}
 .progress {{ height: .5rem; border-radius: 999px; background: var(--border-color-primary); overflow: hidden;
   margin: .5rem 0 .25rem; }}
 .progress > span {{ display: block; height: 100%; background: var(--adapted); }}
@@ -108,6 +110,10 @@ CSS = f"""
 .live .y {{ right: 100%; margin-right: .4rem; transform: translateY(-50%); }}
 .live .x {{ top: 100%; margin-top: .4rem; transform: translateX(-50%); }}
 .live .none {{ top: 45%; left: 1rem; }}
+#actions, #remedies {{ justify-content: flex-start; align-items: flex-end; gap: .5rem; }}
+#actions > *, #remedies > * {{ flex: 0 1 auto; }}
+#num-further {{ max-width: 9rem; }}
+:is(#actions, #remedies):not(:has(button)) {{ display: none; }}
 #worker-log {{ margin: 0; max-height: 16rem; overflow: auto; font-size: .8rem; white-space: pre-wrap; }}
 .figure svg {{ width: 100%; height: auto; display: block; color: var(--body-text-color); }}
 .figure {{ overflow-x: auto; }}
@@ -130,6 +136,11 @@ def facts(pairs: list[tuple[str, str]]) -> str:
     """Returns HTML of labelled values; both are escaped."""
     cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in pairs)
     return f'<dl class="facts">{cells}</dl>'
+
+
+def command(label: str, words: str) -> str:
+    """Returns HTML of a command to copy into a terminal, escaped."""
+    return f'<p class="command">{escape(label)}: <code>{escape(words)}</code></p>'
 
 
 def said(sentences: str | list[str], kind: str = "") -> str:

@@ -1,37 +1,65 @@
 """One run in a process of its own: drains `core.train` into the run's folder.
 
 python -m studio.worker RUN_FOLDER
+torchrun --nproc-per-node N -m studio.worker RUN_FOLDER
+
+Of several processes the first writes and decides; whichever meets an error first tells of it. Without torchrun, a run
+whose setting names several devices starts it itself (see `studio.launcher`).
 """
 
 import argparse
 import errno
 import logging
+import os
 import signal
 import sys
-from contextlib import nullcontext
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from core import (
     Adapter,
+    Checkpoint,
     Evaluated,
+    Event,
     Failed,
     Finished,
     LoRAError,
+    MemoryForecast,
+    NonFiniteLossError,
     Noted,
+    Resumed,
     Step,
+    Training,
+    World,
+    forecast_memory,
     inject,
+    is_lost,
     peak_memory_bytes,
-    resolve_device,
+    resolve_devices,
     resolve_dtype,
     train,
 )
-from studio import data, models
-from studio.runs import EventWriter, Run
+from studio import data, launcher, models
+from studio.checkpoints import best, share_adapter
+from studio.event_log import EventWriter
+from studio.remedies import for_memory
+from studio.runs import Run
+from studio.specs import RunSpec
 from studio.workspace import Workspace
 
 log = logging.getLogger("studio.worker")
+
+
+RESERVE_BYTES = 65_536
+"""Room that a run keeps for its last words, should the disk be full."""
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class _StopAskedError(Exception):
@@ -39,90 +67,280 @@ class _StopAskedError(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the run of a folder; returns the exit code: 0 finished or stopped, 1 failed."""
+    """Runs the run of a folder, from its newest checkpoint if there is one.
+
+    Returns:
+        The exit code: 0 finished, stopped or paused, 1 failed.
+    """
     parser = argparse.ArgumentParser(prog="python -m studio.worker", description=main.__doc__)
     parser.add_argument("folder", type=Path, help="the run's folder, with its spec.json")
     parser.add_argument("--lock-fd", type=int, help="an inherited file descriptor that holds the run's lock")
+    parser.add_argument("--launcher", type=int, help="the process that started this one among others, and has the lock")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    rank = int(os.environ.get("RANK", 0))
+    level = logging.WARNING if rank else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     run = Run(args.folder.resolve())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: run.ask_to_stop())
-    with run.locked() if args.lock_fd is None else nullcontext(args.lock_fd):
-        writer = EventWriter(run)
+    with _lock(run, args, rank):
+        if not launcher.is_launched() and (num_processes := launcher.num_processes(run)) > 1:
+            run.sign()
+            return launcher.launch(run, num_processes)
+        world = World.join()
+        for number in SIGNALS:
+            signal.signal(number, lambda _number, _frame: run.ask_to_stop())
+        if not int(os.environ.get("GROUP_RANK", 0)):  # those of other machines have other numbers
+            run.sign()
+        code = _run(run, world, args.launcher)
+        if code == 0:
+            world.leave()
+        return code
+
+
+def _lock(run: Run, args: argparse.Namespace, rank: int) -> AbstractContextManager[object]:
+    """Holds the run's lock as long as the process lives, if no other process of the run does."""
+    return nullcontext() if args.lock_fd is not None or args.launcher is not None or rank else run.locked()
+
+
+class _Keeper:
+    """Keeps what a run says and makes: the first of its processes writes, the others only go along."""
+
+    def __init__(self, run: Run, writer: EventWriter | None, launcher: int | None) -> None:
+        """Writes by `writer`, if there is one, as long as `launcher`, if there is one, lives and so holds the lock."""
+        self._run, self._writer, self._launcher = run, writer, launcher
+
+    def say(self, event: Event) -> None:
+        if self._writer:
+            if self._launcher not in (None, os.getppid()):
+                sys.exit("The process that held the run's lock is gone.")
+            self._writer.write(event)
+
+    def adapter(self, make: Callable[[], Adapter]) -> None:
+        if self._writer:
+            make().save(self._run.adapter_folder)
+
+    def checkpoint(self, training: Training) -> None:
+        """Saves where training stands, with the adapter that was saved last."""
+        if self._writer:
+            self.say(self._run.checkpoints.save(training.checkpoint(), self._run.adapter_folder))
+
+    def adapter_of(self, step: int) -> None:
+        """Makes the adapter of a step's checkpoint that of the run."""
+        if self._writer:
+            share_adapter(self._run.checkpoints.at(step), self._run.adapter_folder)
+
+
+def _run(run: Run, world: World, launcher: int | None) -> int:
+    writer, start = None, None
+    told: list[str] = []  # of what was there before
+    reserve = run.folder / "reserve"
+    try:
+        if world.is_first:
+            reserve.write_bytes(bytes(RESERVE_BYTES))
+            run.log.read()
+            if run.log.num_events and run.log.end is None:
+                reached = run.log.steps[-1].step if run.log.steps else 0
+                told.append(f"The worker before was killed, or the machine went down, after step {reached}")
+            run.checkpoints.tidy()
+            start = run.checkpoints.newest(told.append)
+            is_evaluated = start is not None and any(step == start.step for step, _ in start.evaluations)
+            run.log.cut_back(start.step if start else 0, is_evaluated=is_evaluated)
+            writer = EventWriter(run.log)
+        start = world.agree(start)
+        keeper = _Keeper(run, writer, launcher)
+        if start:
+            keeper.say(Resumed(start.step))
+        for message in told:
+            keeper.say(Noted(message))
+        _work(run, keeper, start, world)
+    except _StopAskedError as asked:
+        world.has_last_word()
+        writer = writer or EventWriter(run.log)
+        writer.write(Finished(start.step if start else 0, str(asked), 0))
+    except Exception as error:
+        if world.size > 1 and is_lost(error):
+            for number in SIGNALS:  # torchrun now ends all that are left; nobody asked this run to stop
+                signal.signal(number, signal.SIG_IGN)
+            run.forget_stop()
+        if not world.has_last_word():
+            log.info("The run ended with another process, which says why.")
+            return 0
+        log.exception("The run failed.")
         try:
-            _work(run, writer)
-        except _StopAskedError:
-            writer.write(Finished(step=0, reason="stopped", peak_memory_bytes=0))
-        except Exception as error:
-            log.exception("The run failed.")
-            try:
-                writer.write(Failed(_explain(error, run)))
-            except OSError:
-                log.exception("That could not be written to the event log either.")
-            return 1
-        finally:
+            reserve.unlink(missing_ok=True)
+            writer = writer or EventWriter(run.log)
+            writer.write(_explain(error, run))
+        except OSError:
+            log.exception("That could not be written to the event log either.")
+        return 1
+    finally:
+        if world.is_first:
+            reserve.unlink(missing_ok=True)
+        if writer:
             writer.close()
     return 0
 
 
-def _work(run: Run, writer: EventWriter) -> None:
+def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> None:
     def note(message: str) -> None:
         log.info(message)
-        writer.write(Noted(message))
-        if run.stop_asked:
-            raise _StopAskedError
+        keeper.say(Noted(message))
+        if world.is_first and run.stop_asked:
+            raise _StopAskedError(run.stop_asked)
 
     spec = run.spec
-    workspace = Workspace(run.folder.parent.parent)
-    device = resolve_device(spec.train.device)
+    workspace = Workspace(run.workspace_root)
+    device = world.device(spec.train.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dtype = resolve_dtype(spec.train.precision, device)
     note("Reading the data")
-    tokenizer = models.load_tokenizer(spec.model, workspace)
-    prepared = data.prepare(
-        spec.data, tokenizer, max_length=spec.train.max_length, seed=spec.train.seed, workspace=workspace
-    )
+    with world.first_alone():
+        tokenizer = models.load_tokenizer(spec.model, workspace)
+        try:
+            prepared = data.prepare(
+                spec.data, tokenizer, max_length=spec.train.max_length, seed=spec.train.seed, workspace=workspace
+            )
+        except LoRAError as error:
+            raise _DataError(str(error)) from error
     for sentence in prepared.report.sentences():
         note(sentence)
     note("Loading the model")
-    model = models.load_model(spec.model, workspace, device=str(device), dtype=dtype, progress=note)
-    model.config.use_cache = False  # no key-value cache in training
+    with world.first_alone():
+        model = models.load_model(spec.model, workspace, device=str(device), dtype=dtype, progress=note)
+    _prepare(spec)(model)
     injection = inject(model, spec.lora, seed=spec.train.seed)
-    note(f"Training {injection.num_trainable:,} parameters in {len(injection.targets)} matrices")
+    together = f", in {world.size} processes" if world.size > 1 else ""
+    note(f"Training {injection.num_trainable:,} parameters in {len(injection.targets)} matrices{together}")
 
     pad = tokenizer.pad_token_id
-    batches = data.Batches(prepared.train, spec.train.batch_size, seed=spec.train.seed, pad_token_id=pad)
-    evaluation = list(data.eval_batches(prepared.evaluation, spec.train.batch_size, pad)) or None
+    num_rows = spec.train.batch_size * world.size
+    batches = data.Batches(prepared.train, num_rows, seed=spec.train.seed, pad_token_id=pad)
+    evaluation = list(data.eval_batches(prepared.evaluation, num_rows, pad)) or None
+    rest = batches.after(start.num_rows if start else 0)
+    training = train(model, rest, spec.train, eval_batches=evaluation, start=start, world=world)
+    try:
+        _drain(run, keeper, training, lambda: Adapter.from_model(model, base_model=spec.model), world)
+    except NonFiniteLossError as error:
+        numbers = batches.rows(training.num_rows, error.batch)
+        rows = tuple(sorted(numbers[row] for row in error.rows))
+        raise NonFiniteLossError.of(error.what, error.step, rows=rows, among="the data", where=error.where) from error
 
-    def save() -> None:
-        Adapter.from_model(model, base_model=spec.model).save(run.adapter_folder)
 
-    for event in train(model, batches, spec.train, eval_batches=evaluation):
-        if isinstance(event, Finished) or (isinstance(event, Evaluated) and event.step):
-            save()  # before it is said: who reads "finished" finds the adapter
-        writer.write(event)
+def _drain(run: Run, keeper: _Keeper, training: Training, adapter: Callable[[], Adapter], world: World) -> None:
+    """Writes what training says, and what it has made, until it ends or is asked to."""
+    config, saved_time = run.spec.train, time.monotonic()
+    adapter_step, checkpoint_step = 0, training.step  # at the start there is no adapter worth saving
+
+    def save_adapter() -> None:
+        nonlocal adapter_step
+        if training.step > adapter_step:
+            keeper.adapter(adapter)
+            adapter_step = training.step
+
+    def checkpoint() -> None:
+        nonlocal checkpoint_step, saved_time
+        if training.step > checkpoint_step:
+            save_adapter()
+            keeper.checkpoint(training)
+            checkpoint_step, saved_time = training.step, time.monotonic()
+
+    def is_due(event: Event) -> bool:
+        if not isinstance(event, (Step, Evaluated)) or training.owes_evaluation:
+            return False
+        minutes = (time.monotonic() - saved_time) / 60
+        return (
+            (config.checkpoint_every > 0 and training.step % config.checkpoint_every == 0)
+            or (config.checkpoint_minutes > 0 and minutes >= config.checkpoint_minutes)
+            or (isinstance(event, Evaluated) and training.step == best(training.evaluations))
+        )
+
+    for event in training:
+        # The adapter is there before its evaluation, or the end, is told: who reads "finished" finds it.
+        if isinstance(event, Finished):
+            save_adapter()
+            checkpoint()
+            if event.reason == "early" and (step := best(training.evaluations)) is not None:
+                keeper.adapter_of(step)
+        elif isinstance(event, Evaluated):
+            save_adapter()
+        keeper.say(event)
         if isinstance(event, Evaluated):
             log.info("step %d: loss %.4f on held-out rows", event.step, event.loss)
-        if isinstance(event, Step) and run.stop_asked:
-            save()
-            writer.write(Finished(event.step, "stopped", peak_memory_bytes(device)))
-            log.info("Stopped after step %d; the adapter is saved.", event.step)
+        reason, due = world.agree((run.stop_asked if isinstance(event, Step) else "", is_due(event)))
+        if reason or due:
+            checkpoint()
+        if reason:
+            peak = world.max(peak_memory_bytes(world.device(config.device)))
+            keeper.say(Finished(training.step, reason, peak))
+            log.info("%s after step %d; everything is saved.", reason.capitalize(), training.step)
             return
 
 
-def _explain(error: Exception, run: Run) -> str:
+class _DataError(LoRAError):
+    """The rows cannot be trained on."""
+
+
+def _explain(error: Exception, run: Run) -> Failed:
     """Returns what a person should read about `error`: the cause and the next step."""
-    if isinstance(error, LoRAError):
-        return str(error)
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
-        train_config = run.spec.train
-        return (
-            f"Not enough memory for batch size {train_config.batch_size} × {train_config.max_length} tokens; "
-            "halve the batch size (and double the accumulation), or shorten the longest row."
+    if isinstance(error, NonFiniteLossError):
+        return Failed(str(error), error.what)
+    if _is_of_full_disk(error):
+        return Failed(
+            f"The disk is full, so the run is paused. Free some space on the disk of {run.workspace_root} and "
+            "press Resume: it goes on from its last checkpoint.",
+            "disk",
         )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"The disk is full; free some space on the disk of {run.folder.parent.parent} and start the run again."
-    return f"An error that was not foreseen: {type(error).__name__}: {error} (the whole of it is in {run.worker_log})."
+    if is_lost(error):
+        return Failed(launcher.KILLED.format("A worker process"))
+    if isinstance(error, LoRAError):
+        return Failed(str(error), "data" if isinstance(error, _DataError) else "")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
+        config = run.spec.train
+        return Failed(
+            f"Not enough memory for batch size {config.batch_size} × {config.max_length} tokens; "
+            "halve the batch size (and double the accumulation), or shorten the longest row.",
+            "memory",
+            _predicted_bytes(run),
+        )
+    return Failed(
+        f"An error that was not foreseen: {type(error).__name__}: {error} (the whole of it is in {run.worker_log})."
+    )
+
+
+def _predicted_bytes(run: Run) -> dict[str, int]:
+    """Returns what the run was to take, part by part, and what it would with each remedy, by shapes alone."""
+
+    def forecast(spec: RunSpec) -> MemoryForecast:
+        dtype = resolve_dtype(spec.train.precision, resolve_devices(spec.train.device)[0])
+        return forecast_memory(skeleton, spec.lora, spec.train, dtype, prepare=_prepare(spec))
+
+    try:
+        skeleton = models.skeleton(run.spec.model, Workspace(run.workspace_root))
+        terms = forecast(run.spec).terms
+        return terms | {remedy.label: forecast(remedy.spec).total for remedy in for_memory(run.spec)}
+    except Exception:  # of a model that cannot be run on shapes: the failure itself must still be told
+        log.exception("What it would have taken could not be predicted.")
+        return {}
+
+
+def _prepare(spec: RunSpec) -> Callable[[Any], None]:
+    """Returns what is done to a model before it is adapted."""
+
+    def prepare(model: Any) -> None:
+        model.config.use_cache = False  # no key-value cache in training
+        if spec.train.activation_checkpointing:
+            model.activation_checkpointing_enable()
+
+    return prepare
+
+
+def _is_of_full_disk(error: BaseException | None) -> bool:
+    while error is not None:
+        # safetensors says the number only in words.
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 if __name__ == "__main__":

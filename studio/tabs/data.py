@@ -150,8 +150,14 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
         )
 
     def read_upload(file: str, chosen_model: str) -> tuple[Any, ...]:
-        return read(str(save_upload(Path(file), Path(file).name, studio.workspace)), chosen_model)
+        path = Path(file)
+        try:
+            saved = save_upload(path, path.name, studio.workspace)
+        finally:
+            path.unlink(missing_ok=True)  # Gradio's own copy
+        return read(str(saved), chosen_model)
 
+    @studio.guard
     def show_row(chosen_model: str, longest: Any, number: int, *values: Any) -> tuple[Any, str]:
         try:
             spec = parse(form, list(values))

@@ -19,8 +19,15 @@ KINDS = {
 }
 HINTS = {
     "hub": ("Hub id", "owner/name, for example HuggingFaceTB/SmolLM2-360M-Instruct. Needs the network."),
-    "folder": ("Folder", "A folder in Hugging Face layout, with config.json and *.safetensors, on this machine."),
-    "gguf": ("GGUF file", "The path of a .gguf file on this machine. It is converted once and then kept."),
+    "folder": (
+        "Folder",
+        "A folder in Hugging Face layout, with config.json and *.safetensors: in the workspace, or where --allow-path "
+        "allows.",
+    ),
+    "gguf": (
+        "GGUF file",
+        "The path of a .gguf file: in the workspace, or where --allow-path allows. It is converted once and then kept.",
+    ),
 }
 
 
@@ -62,7 +69,11 @@ def targets(preset: str, names: list[str], pattern: str) -> str | tuple[str, ...
 
 def label(kind: matrices.MatrixKind) -> str:
     """Returns what the picker says of one kind of matrix."""
-    notes = {"linear": "", "slice": f" · part of {kind.name.rpartition('.')[0]}"}
+    notes = {
+        "linear": "",
+        "slice": f" · part of {kind.name.rpartition('.')[0]}",
+        "expert": f" · {kind.num_experts} experts each",
+    }
     note = notes.get(kind.form, f" · {kind.form}")
     return f"{kind.name} · {kind.shape[0]} × {kind.shape[1]} · {kind.num_layers}×{note}"
 
@@ -85,13 +96,17 @@ def facts_view(info: models.ModelInfo) -> str:
 
 def cost_view(studio: Studio, model: str, config: LoRAConfig) -> str:
     """Returns HTML of what `config` trains in `model`, and what it leaves out."""
-    injection = plan(studio.skeleton(model), config)
+    skeleton = studio.skeleton(model)
+    injection = plan(skeleton, config)
+    experts = adaptable(skeleton, ["expert"])  # of which `unmatched` counts a stack once
+    stacks = {path.rpartition(".")[0] for path in experts}
+    left_out = {*injection.unmatched, *experts} - stacks - {t.path for t in injection.targets}
     return theme.facts(
         [
             ("Trainable parameters", f"{injection.num_trainable:,}"),
             ("Share of the model", f"{100 * injection.trainable_share:.2f} %"),
             ("Adapter file", _bytes(injection.adapter_bytes)),
-            ("Matrices adapted", f"{len(injection.targets)} of {len(injection.targets) + len(injection.unmatched)}"),
+            ("Matrices adapted", f"{len(injection.targets)} of {len(injection.targets) + len(left_out)}"),
         ]
     )
 
@@ -122,6 +137,7 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
 
     inputs = [model, preset, names, pattern, *form.widgets]
 
+    @studio.guard
     def show_cost(*values: Any) -> str:
         try:
             chosen, config = parse(form, list(values))
@@ -138,6 +154,7 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
         chosen = "starter" if wanted == "starter" else (place_text or "").strip()
         if not chosen:
             raise LoRAError(f"`{HINTS[wanted][0]}` must not be empty; write one, or take the starter.")
+        studio.check_model(chosen)
         info = studio.info(chosen)
         found = found_in(chosen)
         choices = [(label(k), k.name) for k in found]

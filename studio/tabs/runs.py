@@ -1,12 +1,13 @@
 """Runs: what was trained, how it went, and what can be done with it."""
 
-import math
+import shlex
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 
 from core import LoRAError
 from studio import theme
@@ -34,18 +35,40 @@ def row(run: Run) -> list[str]:
         str(spec.lora.r),
         f"{done} / {spec.train.steps}",
         f"{losses[0]:.3f} → {losses[-1]:.3f}" if len(losses) > 1 else "",
-        sparkline([s.loss for s in log.steps]),
+        sparkline(log.steps.columns()["loss"]),
     ]
 
 
-def sparkline(values: Sequence[float], width: int = 16) -> str:
+def listed(studio: Studio) -> tuple[list[list[str]], list[Run]]:
+    """Returns the table's rows and the run of each, the newest first."""
+    runs = studio.runs.list()
+    return [line[1:] for line in studio.shown.each(runs, labelled_row)], runs
+
+
+def choices(studio: Studio, runs: list[Run]) -> list[tuple[str, str]]:
+    """Returns how each of `runs` is called, and its id."""
+    return [(line[0], run.id) for line, run in zip(studio.shown.each(runs, labelled_row), runs, strict=True)]
+
+
+def picker(studio: Studio, run: Run) -> Any:
+    """Returns the header's list of runs, with one of them chosen."""
+    return gr.Dropdown(choices=choices(studio, studio.runs.list()), value=run.id)
+
+
+def labelled_row(run: Run) -> list[str]:
+    """Returns all that lists show of a run: its label and its row."""
+    return [label(run), *row(run)]
+
+
+def sparkline(values: Sequence[float] | np.ndarray, width: int = 16) -> str:
     """Returns a row of block characters that rise and fall as `values` do, each the mean of a stretch."""
-    finite = [v for v in values if math.isfinite(v)]
-    if not finite:
+    finite = np.asarray(values, float)
+    finite = finite[np.isfinite(finite)]
+    if not len(finite):
         return ""
     width = min(width, len(finite))
     edges = [i * len(finite) // width for i in range(width + 1)]
-    means = [sum(finite[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [float(finite[a:b].mean()) for a, b in zip(edges, edges[1:], strict=False)]
     low, high = min(means), max(means)
     span = (high - low) or 1.0
     return "".join(BLOCKS[round((m - low) / span * (len(BLOCKS) - 1))] for m in means)
@@ -65,19 +88,30 @@ def details(run: Run) -> str:
             ("Steps × batch", f"{spec.train.steps} × {spec.train.batch_size * spec.train.accumulation}"),
             ("Learning rate", f"{spec.train.learning_rate:g}, {spec.train.schedule}"),
             ("Seed", str(spec.train.seed)),
+            *([("Begins with", spec.continues)] if spec.continues else []),
         ]
-    )
+    ) + theme.command("Train the same again", command(run))
+
+
+def command(run: Run) -> str:
+    """Returns what to type to train the same run again."""
+    return shlex.join(["lora-studio", "train", str(run.spec_file), "--workspace", str(run.workspace_root)])
 
 
 def pack(run: Run, folder: Path) -> str:
     """Writes the run's adapter as a zip file into `folder`, if it is not there already; returns its path."""
     saved = (run.adapter_folder / "adapter_model.safetensors").stat().st_mtime_ns
-    file = folder / f"{run.id}-adapter.zip"
+    file = _packed(run.id, folder)
     if not file.exists() or file.stat().st_mtime_ns < saved:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as packed:  # weights hardly compress
             for part in sorted(run.adapter_folder.iterdir()):
-                packed.write(part, part.name)
+                if not part.is_symlink():  # a run's own files only
+                    packed.write(part, part.name)
     return str(file)
+
+
+def _packed(run_id: str, folder: Path) -> Path:
+    return folder / f"{run_id}-adapter.zip"
 
 
 def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
@@ -94,6 +128,15 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
         to_chat = gr.Button("Open in Chat")
         download = gr.DownloadButton("Download adapter (zip)", elem_id="download")
         delete = gr.Button("Delete …", variant="stop", elem_id="delete")
+    with gr.Accordion("Train a copy", open=False):
+        changes = gr.Textbox(
+            label="Settings to change in the copy",
+            info="One a line, such as learning_rate = 3e-4. More than one value, and each becomes a run of its own.",
+            placeholder="learning_rate = 3e-4\nr = 4, 8",
+            lines=2,
+            elem_id="changes",
+        )
+        copied = gr.Button("Train the copy", elem_id="copy")
     with gr.Group(visible=False) as question:
         asked = gr.HTML()
         with gr.Row():
@@ -101,8 +144,8 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
             no = gr.Button("Keep it", elem_id="delete-no")
 
     def fill() -> tuple[Any, ...]:
-        runs = studio.runs.list()
-        return {"headers": HEADER, "data": [row(run) for run in runs]}, [run.id for run in runs]
+        rows, runs = listed(studio)
+        return {"headers": HEADER, "data": rows}, [run.id for run in runs]
 
     def show(run: str) -> tuple[Any, ...]:
         if not run:
@@ -122,11 +165,17 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
         words = f"Delete “{found.spec.name}” with its adapter, log and losses? This cannot be undone."
         return gr.Group(visible=True), theme.said(words, "warn")
 
+    def copy(run: str, lines: str) -> tuple[Any, ...]:
+        if not run:
+            raise LoRAError("`run` (=nothing) must be chosen; click one in the table.")
+        started = studio.start(studio.runs.get(run).spec, lines)
+        return picker(studio, started), gr.Tabs(selected="train")
+
     def remove(run: str) -> tuple[Any, ...]:
         studio.runs.delete(studio.runs.get(run))
-        left = studio.runs.list()
-        options = [(label(r), r.id) for r in left]
-        return gr.Group(visible=False), gr.Dropdown(choices=options, value=left[0].id if left else None), *fill()
+        _packed(run, studio.workspace.downloads).unlink(missing_ok=True)
+        left = choices(studio, studio.runs.list())
+        return gr.Group(visible=False), gr.Dropdown(choices=left, value=left[0][1] if left else None), *fill()
 
     private: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
     gr.on([selected, run_id.change], studio.guard(fill), None, [table, ids], **private)
@@ -134,6 +183,7 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
     table.select(studio.guard(choose), ids, run_id, **private)
     for button, tab in ((to_train, "train"), (to_spectrum, "spectrum"), (to_chat, "chat")):
         button.click(lambda tab=tab: gr.Tabs(selected=tab), None, tabs, queue=False, **private)
+    copied.click(studio.guard(copy), [run_id, changes], [run_id, tabs], **private)
     delete.click(studio.guard(ask), run_id, [question, asked], **private)
     no.click(lambda: gr.Group(visible=False), None, question, queue=False, **private)
     yes.click(studio.guard(remove), run_id, [question, run_id, table, ids], **private)

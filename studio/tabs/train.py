@@ -1,5 +1,6 @@
-"""Train: settings, Start and Stop, and what a run is doing, live."""
+"""Train: settings and Start, what a run is doing, live, and what can be done with it."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,14 +8,30 @@ from html import escape
 from typing import Any
 
 import gradio as gr
+import numpy as np
 
-from core import Failed, LoRAError, Step, TrainConfig, settings
-from studio import live, theme
+from core import Failed, Finished, LoRAError, TrainConfig, settings
+from studio import jobs, live, theme
+from studio.checkpoints import best
+from studio.event_log import EventLog
 from studio.forms import Form
 from studio.palette import ADAPTED, ADAPTED_SOFT
-from studio.runs import EventLog, Run
+from studio.remedies import remedies
+from studio.runs import Run, Runs
 
-STOP, STOPPING = "Stop and save", "Stopping after this step …"
+ACTIONS = ("resume", "pause", "stop", "kill", "earlier", "later", "further")
+"""What can be done with a run, in the order of the buttons."""
+
+MOST_REMEDIES = 4
+
+TERMS = {
+    "weights": "the frozen weights",
+    "adapter": "the adapter",
+    "gradients": "its gradients",
+    "moments": "AdamW's moments",
+    "activations": "activations and logits",
+}
+"""The parts of a forecast, in words."""
 
 
 @dataclass(frozen=True)
@@ -22,56 +39,131 @@ class TrainTab:
     """The tab's parts that others read.
 
     Attributes:
-        start, stop: The buttons.
+        start: The button.
+        name: Of the run to start.
+        sweep: The lines of a sweep.
         form: The training settings.
+        actions: Name → button, for the run that is shown.
+        remedies: Buttons for what may help a run that failed.
+        num_further: How many steps to train further.
     """
 
     start: Any
-    stop: Any
     name: Any
+    sweep: Any
     form: Form
+    actions: dict[str, Any]
+    remedies: list[Any]
+    num_further: Any
+
+    @property
+    def controls(self) -> list[Any]:
+        """The components that `controls` draws anew."""
+        return [*self.actions.values(), self.num_further, *self.remedies]
+
+
+def controls(run: Run | None) -> list[Any]:
+    """Returns the buttons and the number as they are for a run, in the order of `TrainTab.controls`."""
+    try:
+        possible, helpful = (actions(run), remedies(run)) if run else ({}, [])
+    except LoRAError:  # damaged files: said where the run is shown
+        possible, helpful = {}, []
+    buttons = []
+    for name in ACTIONS:
+        words, can_be_pressed = possible.get(name, ("", False))
+        buttons.append(gr.Button(words, visible=name in possible, interactive=can_be_pressed))
+    shown = []
+    for remedy in helpful[:MOST_REMEDIES]:
+        size = f" · about {remedy.predicted_bytes / 1e9:.2f} GB" if remedy.predicted_bytes else ""
+        shown.append(gr.Button(f"{remedy.label}, and go on{size}", visible=True))
+    shown += [gr.Button(visible=False)] * (MOST_REMEDIES - len(shown))
+    return [*buttons, gr.Number(visible="further" in possible), *shown]
+
+
+def actions(run: Run) -> dict[str, tuple[str, bool]]:
+    """Returns what can be done with a run now: name → the button's words, and whether it can be pressed."""
+    status, asked = run.status, run.stop_asked
+    if status == "running":
+        if not asked:
+            return {"pause": ("Pause", True), "stop": ("Stop and save", True)}
+        words = "Pausing after this step …" if asked == "paused" else "Stopping after this step …"
+        return {"stop": (words, False), "kill": ("Kill it now", True)}
+    if status == "queued":
+        return {
+            "stop": ("Take out of the queue", True),
+            "earlier": ("Move up", True),
+            "later": ("Move down", True),
+        }
+    possible = {}
+    if status != "finished":
+        possible["resume"] = ("Resume", True)
+    if run.checkpoints.steps():
+        possible["further"] = ("Train further", True)
+    return possible
+
+
+def act(runs: Runs, name: str, run: Run, num_further: Any) -> Run:
+    """Does one of the `actions`; returns the run to show.
+
+    Raises:
+        LoRAError: It cannot be done any more, or the number is none.
+    """
+    if name == "resume":
+        jobs.resume(runs, run)
+    elif name == "pause":
+        run.ask_to_stop("paused")
+    elif name == "stop" and run.status == "queued":
+        jobs.cancel(runs, run)
+    elif name == "stop":
+        run.ask_to_stop()
+    elif name == "kill":
+        jobs.kill(run)
+    elif name == "further":
+        return jobs.further(runs, run, TrainConfig(steps=num_further, warmup_steps=0).steps)
+    else:
+        jobs.move(runs, run, {"earlier": -1, "later": 1}[name])
+    return run
 
 
 def view(run: Run | None) -> dict[str, str]:
     """Returns what the tab shows of a run: HTML by the id of the element that it belongs in."""
     if run is None:
         words = theme.said("No run yet. Pick a model and data, then press Start training; the loss appears here.")
-        return {"status": words, "worker-log": ""}
+        return {"status": words, "charts": "", "worker-log": ""}
     try:
-        shown = status_view(run, run.status) + charts(run.log)
+        shown, drawn = status_view(run, run.status), charts(run.log)
     except LoRAError as error:  # damaged files: said here at every look, not as an alarm
-        shown = theme.said(str(error), "error")
-    return {"status": shown, "worker-log": escape(run.log_tail())}
+        shown, drawn = theme.said(str(error), "error"), ""
+    return {"status": shown, "charts": drawn, "worker-log": escape(run.log_tail())}
 
 
-def stop_button(run: Run | None) -> Any:
-    """Returns the Stop button as it is for a run."""
-    try:
-        running = run is not None and run.status == "running"
-    except LoRAError:
-        running = False
-    stopping = running and run is not None and run.stop_asked
-    return gr.Button(STOPPING if stopping else STOP, interactive=running and not stopping)
+def _tokens_per_second(steps: dict[str, np.ndarray]) -> np.ndarray:
+    seconds = steps["step_seconds"]
+    return np.divide(steps["num_tokens"], seconds, out=np.zeros_like(seconds), where=seconds != 0)
 
 
-SMALL: dict[str, Callable[[Step], float]] = {
-    "Learning rate": lambda s: s.learning_rate,
-    "Gradient norm": lambda s: s.grad_norm,
-    "Memory (GB)": lambda s: s.memory_bytes / 1e9,
-    "Tokens per second": lambda s: s.tokens_per_second,
+SMALL: dict[str, Callable[[dict[str, np.ndarray]], np.ndarray]] = {
+    "Learning rate": lambda steps: steps["learning_rate"],
+    "Gradient norm": lambda steps: steps["grad_norm"],
+    "Memory (GB)": lambda steps: steps["memory_bytes"] / 1e9,
+    "Tokens per second": _tokens_per_second,
 }
 
 
 def charts(log: EventLog) -> str:
     """Returns HTML of the loss and, below it, the four small charts."""
+    steps = log.steps.columns()
+
+    def points(values: np.ndarray) -> np.ndarray:
+        return np.stack([steps["step"], values], axis=1)
+
     losses = [
-        live.Curve("training", ADAPTED_SOFT, [(s.step, s.loss) for s in log.steps]),
+        live.Curve("training", ADAPTED_SOFT, points(steps["loss"])),
         live.Curve("held-out rows", ADAPTED, [(e.step, e.loss) for e in log.evaluations], dots=True, thickness=2),
     ]
     drawn = live.chart("Loss (nats per token)", losses, height=260, empty="It appears after the first step.")
     small = [
-        live.chart(title, [live.Curve("", ADAPTED, [(s.step, value(s)) for s in log.steps])], height=110)
-        for title, value in SMALL.items()
+        live.chart(title, [live.Curve("", ADAPTED, points(value(steps)))], height=110) for title, value in SMALL.items()
     ]
     return f'<div class="charts">{drawn}{"".join(small)}</div>'
 
@@ -93,19 +185,53 @@ def status_view(run: Run, status: str) -> str:
     if log.evaluations:
         first, last = log.evaluations[0].loss, log.evaluations[-1].loss
         pairs.append(("Held-out loss", f"{first:.3f} → {last:.3f}" if len(log.evaluations) > 1 else f"{first:.3f}"))
+        lowest = best([(e.step, e.loss) for e in log.evaluations])
+        if lowest is not None:
+            pairs.append(("Best at step", str(lowest)))
+    if log.checkpoint:
+        pairs.append(("Last checkpoint", f"step {log.checkpoint.step}"))
     if log.started:
         pairs.append(("Runs on", f"{log.started.device}, weights {log.started.precision}"))
         pairs.append(("Memory shown", log.started.memory_source))
     parts.append(theme.facts(pairs))
-    if isinstance(log.end, Failed):
-        parts.append(theme.said(log.end.message, "error"))
-    elif status == "interrupted":
-        parts.append(theme.said("The worker ended without a word (killed, or the machine went down).", "warn"))
-    elif status == "running" and not log.steps:
-        parts.append(theme.said((log.notes[-1].message if log.notes else "Starting the worker") + " …"))
-    elif status in ("finished", "stopped") and run.has_adapter:
-        parts.append(theme.said("The adapter is saved. Look at its spectrum, or chat with it."))
-    return "".join(parts)
+    sentences, kind = _state_words(run, status)
+    return "".join(parts) + (theme.said(sentences, kind) if sentences else "")
+
+
+def _state_words(run: Run, status: str) -> tuple[list[str], str]:
+    """Returns what there is to say of a run's state, and how it is said."""
+    log, end = run.log, run.log.end
+    step = log.steps[-1].step if log.steps else 0
+    reason = end.reason if isinstance(end, Finished) else ""
+    if status == "running":
+        last = log.notes[-1].message if log.notes else "Starting the worker"
+        return ([] if log.steps else [f"{last} …"]), ""
+    if status == "queued":
+        return ["It waits in the queue, and starts as soon as its device is free, page or no page."], ""
+    if isinstance(end, Failed):
+        return [end.message, *_memory_words(end)], "error"
+    if status == "interrupted" or reason == "killed":
+        how = "The worker ended without a word (killed, or the machine went down)."
+        how = "It was killed: all of its processes are gone, and their memory is free." if reason else how
+        steps = run.checkpoints.steps()
+        where = f"Resume goes on from step {steps[-1]}." if steps else "Resume starts it from the beginning."
+        return [f"{how} {where}"], "warn"
+    if status == "paused":
+        return [f"Everything is saved and its memory is free. Resume goes on after step {step}."], ""
+    if reason == "early":
+        lowest = best([(e.step, e.loss) for e in log.evaluations])
+        return [f"Ended early: the held-out loss rose. The adapter saved is that of step {lowest}."], ""
+    return (["The adapter is saved. Look at its spectrum, or chat with it."] if run.has_adapter else []), ""
+
+
+def _memory_words(failed: Failed) -> list[str]:
+    terms = [(name, size) for name, size in failed.predicted_bytes.items() if name in TERMS]
+    if not terms:
+        return []
+    total, (largest, size) = sum(size for _, size in terms), max(terms, key=lambda term: term[1])
+    return [
+        f"By its shapes it was to take about {total / 1e9:.2f} GB, of which {size / 1e9:.2f} GB for {TERMS[largest]}."
+    ]
 
 
 def seconds_left(run: Run) -> float:
@@ -118,6 +244,8 @@ def seconds_left(run: Run) -> float:
 
 def duration(seconds: float) -> str:
     """Returns a length of time in words: 45 s, 3 min 20 s, 2 h 5 min."""
+    if not math.isfinite(seconds):
+        return "unknown"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -135,11 +263,37 @@ def build() -> TrainTab:
             form = Form(
                 TrainConfig, [s.name for s in settings(TrainConfig) if s.name != "max_length"]
             )  # stands in Data
-            with gr.Row():
-                start = gr.Button("Start training", variant="primary", elem_id="start")
-                stop = gr.Button(STOP, interactive=False, elem_id="stop")
+            with gr.Accordion("Sweep", open=False):
+                sweep = gr.Textbox(
+                    label="Settings to vary",
+                    info="One a line, such as r = 4, 8, 16. Each combination becomes a run, and they train in turn.",
+                    placeholder="r = 4, 8, 16\nlearning_rate = 1e-4, 1e-3",
+                    lines=3,
+                    elem_id="sweep",
+                )
+            start = gr.Button("Start training", variant="primary", elem_id="start")
         with gr.Column(scale=7, min_width=320):
             gr.HTML('<div id="status"></div>')
+            with gr.Row(elem_id="remedies"):
+                helpful = [
+                    gr.Button(visible=False, size="sm", min_width=140, elem_id=f"remedy-{place}")
+                    for place in range(MOST_REMEDIES)
+                ]
+            with gr.Row(elem_id="actions"):
+                buttons = {
+                    action: gr.Button(
+                        visible=False,
+                        size="sm",
+                        min_width=110,
+                        elem_id=action,
+                        variant="primary" if action == "resume" else "stop" if action == "kill" else "secondary",
+                    )
+                    for action in ACTIONS
+                }
+                number = gr.Number(
+                    20, label="Steps more", precision=0, visible=False, min_width=110, elem_id="num-further"
+                )
+            gr.HTML('<div id="charts"></div>')
             with gr.Accordion("Worker's log", open=False):
                 gr.HTML('<pre id="worker-log"></pre>')
-    return TrainTab(start, stop, name, form)
+    return TrainTab(start, name, sweep, form, buttons, helpful, number)

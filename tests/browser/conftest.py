@@ -26,8 +26,8 @@ def workspace_folder(tmp_path_factory):
 class Server:
     """The `lora-studio` command, serving on a free port; it can be stopped and started again."""
 
-    def __init__(self, workspace):
-        self.workspace = workspace
+    def __init__(self, workspace, *options):
+        self.workspace, self.options = workspace, options
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -38,12 +38,15 @@ class Server:
         self.log = (self.workspace / "server.txt").open("ab")
         command = [sys.executable, "-m", "studio", "--no-browser", "--port", str(self.port)]
         self.process = subprocess.Popen(
-            [*command, "--workspace", str(self.workspace)], stdout=self.log, stderr=subprocess.STDOUT, env=os.environ
+            [*command, "--workspace", str(self.workspace), *self.options],
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env=os.environ,
         )
         for _ in range(600):
             assert self.process.poll() is None, (self.workspace / "server.txt").read_text()
             try:
-                urllib.request.urlopen(self.url + "config", timeout=5).close()
+                urllib.request.urlopen(self.url + "gradio_api/startup-events", timeout=5).close()
                 return
             except OSError:
                 time.sleep(0.1)
@@ -53,6 +56,21 @@ class Server:
         self.process.terminate()
         self.process.wait(20)
         self.log.close()
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(20)
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def guarded_server(workspace_folder):
+    """One that asks ada for her password."""
+    (workspace_folder / "password").write_text("correct horse")
+    server = Server(workspace_folder, "--user", "ada", "--password-file", str(workspace_folder / "password"))
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")

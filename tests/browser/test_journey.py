@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from studio.runs import Runs
+from studio.workspace import Workspace
+
 STEPS = 20
 WAIT = 240_000  # milliseconds; training on a busy machine
 SHOTS = os.environ.get("LORA_STUDIO_SHOTS")  # a folder that gets a picture of every tab
@@ -80,7 +83,7 @@ def trained(page, server):
     return page
 
 
-def test_the_run_is_shown_live_and_survives_a_reload_and_a_restart_of_the_server(trained, server):
+def test_the_run_is_shown_live_and_survives_a_reload_a_pause_and_a_killed_server(trained, server):
     page = trained
     before = step_shown(page)
     assert 2 <= before < STEPS, "the page must show the run while it is going on"
@@ -92,7 +95,14 @@ def test_the_run_is_shown_live_and_survives_a_reload_and_a_restart_of_the_server
     wait_for_step(page, before + 1)
     assert "running" in status_text(page) or step_shown(page) == STEPS
 
-    server.stop()
+    page.locator("#pause").click()
+    page.wait_for_function("document.querySelector('#status').innerText.includes('paused')", timeout=WAIT)
+    paused_at = step_shown(page)
+    assert before < paused_at < STEPS
+    page.locator("#resume").click()
+    wait_for_step(page, paused_at + 1)
+
+    server.kill()
     server.start()
     page.goto(server.url)
     page.errors.clear()  # a page whose server has just gone may miss a part of its own
@@ -100,6 +110,9 @@ def test_the_run_is_shown_live_and_survives_a_reload_and_a_restart_of_the_server
     page.wait_for_function("document.querySelector('#status').innerText.includes('finished')", timeout=WAIT)
     assert step_shown(page) == STEPS
     first, last = map(float, re.search(r"([\d.]+) → ([\d.]+)", status_text(page)).groups())
+    (run,) = Runs(Workspace(server.workspace)).list()
+    run.log.refresh()
+    assert [step.step for step in run.log.steps] == list(range(1, STEPS + 1)), "each step stands there once"
     assert last < first - 0.3, "twenty steps on the starter data lower the held-out loss plainly"
     assert "<b>bold</b>" in status_text(page), "a name is shown as text, never as HTML"
 
@@ -107,7 +120,7 @@ def test_the_run_is_shown_live_and_survives_a_reload_and_a_restart_of_the_server
 def test_the_loss_chart_draws_both_series(trained):
     page = trained
     open_tab(page, "Train")
-    chart = page.locator("#status .live").first
+    chart = page.locator("#charts .live").first
     chart.locator("svg").wait_for(timeout=WAIT)
     colours = dominant_colours(chart.locator(".plot").screenshot())
     assert (217, 105, 26) in colours, "the held-out losses are drawn"
@@ -193,9 +206,19 @@ def test_the_runs_tab_lists_downloads_and_deletes_only_after_a_question(trained,
     assert "finished" in page.locator("#runs-table").inner_text()
 
 
-@pytest.mark.parametrize("width,height", [(1440, 900), (390, 844)])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_no_tab_overflows_the_page(trained, browser, server, width, height, scheme):
+# Colours change no sizes: each width once, and the other two where pictures are wanted.
+LOOKS = [
+    ("light", 1440, 900),
+    ("dark", 390, 844),
+    *(
+        pytest.param(*look, marks=[] if SHOTS else pytest.mark.slow)
+        for look in [("dark", 1440, 900), ("light", 390, 844)]
+    ),
+]
+
+
+@pytest.mark.parametrize(("scheme", "width", "height"), LOOKS)
+def test_no_tab_overflows_the_page(trained, browser, server, scheme, width, height):
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     page = context.new_page()
     page.goto(server.url)

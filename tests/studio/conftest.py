@@ -9,7 +9,9 @@ import pytest
 
 from core import Event
 from studio.data import DataSpec
-from studio.runs import EventWriter, Run, Runs, RunSpec
+from studio.event_log import EventWriter
+from studio.runs import Run, Runs
+from studio.specs import RunSpec
 from studio.workspace import Workspace
 
 CHATML = (
@@ -77,7 +79,7 @@ def write_run(workspace) -> Callable[..., Run]:
 
     def write(events: Iterable[Event] = (), spec: RunSpec | None = None) -> Run:
         run = Runs(workspace).create(spec or RunSpec())
-        writer = EventWriter(run)
+        writer = EventWriter(run.log)
         for event in events:
             writer.write(event)
         writer.close()

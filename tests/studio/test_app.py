@@ -18,9 +18,12 @@ from gradio.helpers import special_args
 from core import Adapter, LoRAConfig, LoRAError, Started, Step, TrainConfig, amplification, inject, lora_layers, plan
 from studio import app, jobs, models, watch
 from studio.data import DataSpec, prompt_ids
-from studio.runs import EventWriter, Run, RunSpec
+from studio.event_log import EventWriter
+from studio.runs import Run
+from studio.specs import RunSpec
 from studio.state import Studio
 from studio.tabs import chat as chat_tab
+from studio.tabs import train
 from studio.workspace import Workspace
 
 STARTED = Started(60, 384, 10_000, "cpu", "float32", "resident memory of the process")
@@ -41,9 +44,9 @@ def built(tmp_path_factory) -> tuple[Studio, gr.Blocks]:
 
 
 @pytest.fixture
-def studio(built, workspace) -> Studio:
-    """As after a start with an empty workspace; the page, which takes long to build, is built once."""
-    built[0].__init__(workspace)
+def studio(built, workspace, tmp_path_factory) -> Studio:
+    """As after a start with an empty workspace and --allow-path; the page, which takes long to build, is built once."""
+    built[0].__init__(workspace, [tmp_path_factory.getbasetemp()])
     return built[0]
 
 
@@ -136,6 +139,11 @@ def test_tables_show_text_and_no_markup(page):
 # Guarded handlers
 
 
+def test_every_handler_that_reads_anything_is_guarded(page):
+    names = {event.fn.__name__ for event in page.fns.values() if event.fn and not hasattr(event.fn, "__wrapped__")}
+    assert names == {"take_kind", "show_columns", "<lambda>"}, "these only show and hide"
+
+
 def fail(error: Exception):
     def handler():
         raise error
@@ -215,11 +223,11 @@ def test_a_page_learns_what_is_new_and_when_the_list_or_the_button_has_to_turn(p
     run = write_run([STARTED])
     news = look(page, run.id)
     assert "interrupted" in news["parts"]["status"] and news["parts"]["worker-log"] == ""
-    writer = EventWriter(run)
+    writer = EventWriter(run.log)
     writer.write(STEP)
     writer.close()
     later = look(page, run.id)
-    assert "training 1.5" in later["parts"]["status"] and later["turn"] == news["turn"]
+    assert "training 1.5" in later["parts"]["charts"] and later["turn"] == news["turn"]
     hold(run)
     running = look(page, run.id)
     assert running["turn"] != news["turn"]
@@ -250,14 +258,15 @@ def test_a_page_whose_run_was_deleted_turns_to_the_newest(page, studio, write_ru
     studio.runs.delete(studio.runs.get(second.id))
     after = look(page, second.id)
     assert "No run yet" in after["parts"]["status"] and after["turn"] != before["turn"]
-    chosen, stop = handler(page, "turned")(second.id)
-    assert update(chosen)["value"] == first.id and update(stop)["interactive"] is False
+    chosen, *controls = handler(page, "turned")(second.id)
+    assert update(chosen)["value"] == first.id
+    assert [update(c) for c in controls] == [update(c) for c in train.controls(first)]
 
 
 def test_a_new_list_of_runs_never_changes_which_run_a_page_shows_or_is_about_to_open(page, write_run):
     runs = [write_run([STARTED]) for _ in range(2)]
     for run in (None, runs[0].id, runs[1].id):
-        chosen, _ = handler(page, "turned")(run)
+        chosen, *_ = handler(page, "turned")(run)
         assert "value" not in update(chosen)
         assert {run_id for _, run_id in update(chosen)["choices"]} == {run.id for run in runs}
 
@@ -337,7 +346,7 @@ def test_start_makes_a_run_of_what_all_tabs_say(begin, tiny_folder, tiny_data):
         ({"r": 17}, "`r` (=17) must be at most 16 to fit"),
         ({"r": None}, "`r` (=None) must be a whole number."),
         ({"max_length": None}, "`max_length` (=None) must be a whole number."),
-        ({"steps": 0, "warmup_steps": 0}, "`steps` (=0) must be at least 1."),
+        ({"steps": 0, "warmup_steps": 0}, "`steps` (=0) must be at least 1 and at most 10000000."),
         ({"column_prompt": "question"}, "`prompt` (='question') must be a column of inns.jsonl; it has"),
         ({"preset": "My own choice", "matrices": []}, "`target_modules` (=nothing) must name at least one matrix"),
         ({"rank_pattern": "{"}, "`rank_pattern` (='{') must be a table like"),
@@ -350,12 +359,35 @@ def test_start_refuses_what_cannot_be_before_a_run_is_made(changes, sentence, be
     assert list(workspace.runs.iterdir()) == []
 
 
-def test_stop_asks_the_run_that_is_shown(page, write_run):
+@pytest.mark.parametrize(("name", "reason"), [("stop", "stopped"), ("pause", "paused")])
+def test_stop_and_pause_ask_the_run_that_is_shown(name, reason, page, write_run, hold):
     shown, other = write_run([STARTED]), write_run([STARTED])
-    stop = handler(page, "stop")
-    assert update(stop(shown.id))["interactive"] is False
-    assert (shown.stop_asked, other.stop_asked) == (True, False)
-    stop(None)
+    hold(shown)
+    values = handler(page, name)(shown.id, 20)
+    assert update(values[0])["value"] == shown.id
+    assert (shown.stop_asked, other.stop_asked) == (reason, "")
+    with pytest.raises(gr.Error, match="must be chosen; start one first"):
+        handler(page, name)(None, 20)
+
+
+def test_a_copy_of_a_run_is_trained_with_what_was_changed(page, write_run, tiny_folder, tiny_data, monkeypatch):
+    run = write_run(spec=RunSpec("Inns", str(tiny_folder), tiny_data, LoRAConfig(r=3)))
+    started = []
+    monkeypatch.setattr(jobs, "start", lambda runs, spec: started.append(spec) or run)
+    handler(page, "copy")(run.id, "r = 4, 8\n\nsteps = 9")
+    assert [(s.name, s.lora.r, s.train.steps) for s in started] == [
+        ("Inns · r 4, steps 9", 4, 9),
+        ("Inns · r 8, steps 9", 8, 9),
+    ]
+    plain = [dataclasses.replace(s, name="Inns", lora=run.spec.lora, train=run.spec.train) for s in started]
+    assert plain == [run.spec] * 2
+    handler(page, "copy")(run.id, None)
+    assert started[-1] == run.spec
+    for lines, sentence in (("r = 4, 0", "`r` (=0) must be"), ("r = 4, 99", "`r` (=99) must be at most")):
+        with pytest.raises(gr.Error) as shown:  # the second one is wrong: not even the first is started
+            handler(page, "copy")(run.id, lines)
+        assert html.unescape(shown.value.message).startswith(sentence)
+    assert len(started) == 3
 
 
 # A run with an adapter, in Spectrum, Chat and Runs

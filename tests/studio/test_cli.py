@@ -1,6 +1,7 @@
 """The command line: one sentence and a fitting exit code, never a traceback."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -12,13 +13,17 @@ import pytest
 from core import LoRAConfig, LoRAError, TrainConfig, settings
 from studio import __main__ as cli
 from studio import jobs
-from studio.runs import Runs, RunSpec
+from studio.runs import Runs
+from studio.specs import RunSpec
 
 
 @pytest.fixture
 def command(tmp_path, capsys, monkeypatch):
     """command(*words): runs them in this process with a workspace of the test's own; returns exit code, out and err."""
     monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path / "home"))
+    for name in ("LORA_STUDIO_PASSWORD", "GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # and afterwards again, whatever serving does to it
 
     def run(*words: str) -> tuple[int, str, str]:
         try:
@@ -36,8 +41,8 @@ def served(monkeypatch):
     """What would have been served; nothing is, and gradio is not imported."""
     calls = []
     app, state = types.ModuleType("studio.app"), types.ModuleType("studio.state")
-    app.launch = lambda studio, **how: calls.append({"workspace": studio, **how})
-    state.Studio = lambda workspace: workspace.root
+    app.launch = lambda studio, **how: calls.append({**studio, **how})
+    state.Studio = lambda workspace, allowed: {"workspace": workspace.root, "allowed": allowed}
     monkeypatch.setitem(sys.modules, "studio.app", app)
     monkeypatch.setitem(sys.modules, "studio.state", state)
     return calls
@@ -64,10 +69,13 @@ def test_without_a_command_the_page_is_served(command, served, tmp_path, monkeyp
     assert served[0] == served[1]
     assert served[0] == {
         "workspace": tmp_path / "home",
+        "allowed": [],
         "host": "127.0.0.1",
         "port": free_port,
         "url": f"http://localhost:{free_port}/",
         "browser": True,
+        "account": None,
+        "notes": [],
     }
 
 
@@ -173,6 +181,71 @@ def test_an_ipv6_address_may_be_the_host(command, served, free_port):
     assert code == 0 and served[0]["url"] == f"http://[::1]:{free_port}/"
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost"])
+def test_this_machine_alone_needs_no_password_unless_one_is_given(host, command, served, free_port, monkeypatch):
+    serve = ("serve", "--host", host, "--port", free_port)
+    assert command(*serve)[0] == 0
+    assert served[0]["account"] is None and served[0]["notes"] == []
+    monkeypatch.setenv("LORA_STUDIO_PASSWORD", "eight letters")
+    assert command(*serve)[0] == 0
+    account = served[1]["account"]
+    assert (account.name, account.password) == ("studio", "eight letters")
+    assert "LORA_STUDIO_PASSWORD" not in os.environ, "what is started later does not need it"
+    assert served[1]["notes"] == ["Sign in as studio; password: as given."]
+
+
+def test_any_other_address_gets_a_password_which_is_told_once_with_what_others_can_do(command, served, free_port):
+    serve = ("serve", "--host", "0.0.0.0", "--port", free_port)
+    assert command(*serve)[0] == command(*serve)[0] == 0
+    first, second = (how["account"] for how in served)
+    assert first.name == "studio" and len(first.password) >= 20 and first.password != second.password
+    assert first.password not in repr(first)
+    said = "\n".join(served[0]["notes"])
+    assert said.count(first.password) == 1
+    assert "Other machines can reach this page" in said and "not encrypted" in said
+
+
+def test_the_operator_s_password_comes_from_a_file_before_the_variable_and_is_not_printed(
+    command, served, free_port, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LORA_STUDIO_PASSWORD", "from the variable")
+    file = tmp_path / "password"
+    file.write_text("from: the file, ä \n")
+    words = ("serve", "--host", "0.0.0.0", "--port", free_port, "--user", "ada", "--password-file", file)
+    assert command(*words)[0] == 0
+    (how,) = served
+    assert (how["account"].name, how["account"].password) == ("ada", "from: the file, ä ")
+    assert "from: the file" not in "".join(how["notes"])
+
+
+@pytest.mark.parametrize(
+    ("words", "password", "sentence"),
+    [
+        (["--user", "a:b"], None, "`--user` (='a:b') must be a name without a colon."),
+        (["--user", ""], None, "`--user` (='') must be"),
+        ([], "seven…7", "The password of $LORA_STUDIO_PASSWORD must have at least 8 characters."),
+        ([], "", "The password of $LORA_STUDIO_PASSWORD must have at least 8 characters."),
+        (["--password-file", "/no/such"], None, "`--password-file` (='/no/such') must be a text file ("),
+        (["--password-file", "/"], None, "`--password-file` (='/') must be a text file ("),
+        (["--password-file", "/dev/null"], None, "The password of --password-file /dev/null must have at least 8"),
+        (["--allow-path", "/no/such"], None, "`--allow-path` (='/no/such') must be a folder that exists."),
+    ],
+)
+def test_an_account_or_a_folder_that_cannot_be_is_refused(
+    words, password, sentence, command, served, free_port, monkeypatch
+):
+    if password is not None:
+        monkeypatch.setenv("LORA_STUDIO_PASSWORD", password)
+    code, _, err = command("serve", "--port", free_port, *words)
+    assert code == 2 and not served
+    assert says(err, sentence)
+
+
+def test_folders_to_open_may_be_given_again_and_again(command, served, free_port, tmp_path):
+    assert command("serve", "--port", free_port, "--allow-path", tmp_path, "--allow-path", "/")[0] == 0
+    assert served[0]["allowed"] == [tmp_path, Path("/")]
+
+
 # Workspaces
 
 
@@ -201,7 +274,7 @@ SPECS = {
     "no table": ("[1]", "A spec must be a table with name, model, data, lora, train; not list."),
     "unknown part": ('{"lorra": {}}', "A spec has no part lorra; it has name, model, data, lora, train."),
     "unknown setting": ('{"lora": {"rank": 8}}', "LoRAConfig has no setting 'rank'; it has r, alpha,"),
-    "out of range": ('{"train": {"steps": 0}}', "`steps` (=0) must be at least 1."),
+    "out of range": ('{"train": {"steps": 0}}', "`steps` (=0) must be at least 1 and at most 10000000."),
     "wrong type": ('{"train": {"steps": "many"}}', "`steps` (='many') must be a whole number."),
 }
 
@@ -295,13 +368,27 @@ def test_train_s_help_explains_every_setting(command):
         assert all(f"--{s.name.replace('_', '-')}" in out for s in settings(config))
 
 
-def test_train_while_another_run_is_going_names_it(command, tmp_path, hold, monkeypatch):
+def test_train_while_another_run_is_going_waits_and_ctrl_c_takes_it_out(command, tmp_path, hold, monkeypatch):
+    from studio.runs import Run
     from studio.workspace import Workspace
 
-    hold(Runs(Workspace(tmp_path / "home")).create(RunSpec(name="The first")))
+    runs = Runs(Workspace(tmp_path / "home"))
+    hold(runs.create(RunSpec(name="The first")))
     (tmp_path / "spec.json").write_text("{}")
+    monkeypatch.setattr(jobs, "_detached", lambda *_: subprocess.Popen(["true"]))
+
+    def interrupt(self: Run):
+        assert self.status == "queued"
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(Run, "follow", interrupt)
     code, _, err = command("train", tmp_path / "spec.json")
-    assert code == 2 and says(err, "“The first” is still training on this machine; wait for it, or stop it first.")
+    assert (code, err) == (0, "Queued: it starts when its device is free. Ctrl-C takes it out of the queue.\n")
+    assert runs.queued() == []
+    for child in jobs._children:
+        child.wait()
+    jobs._children.clear()
 
 
 def test_a_second_ctrl_c_ends_without_a_traceback(command, tmp_path, monkeypatch):

@@ -46,6 +46,7 @@ def test_the_demo_leaves_an_adapter_and_figures_and_says_how_to_open_them(demo):
     assert f"lora-studio serve --workspace {folder} --run-id {run.id}" in printed
 
 
+@pytest.mark.slow
 def test_the_same_spec_gives_the_same_losses_again_through_the_train_command(demo):
     folder, _ = demo
     (run,) = Runs(Workspace(folder)).list()

@@ -7,8 +7,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
-import threading
 import time
 
 import pytest
@@ -22,6 +20,7 @@ from core import (
     Finished,
     LoRAConfig,
     LoRAError,
+    MemoryForecast,
     Noted,
     Started,
     Step,
@@ -30,7 +29,10 @@ from core import (
     strength,
 )
 from studio import data, jobs, models, worker
-from studio.runs import EventWriter, Run, Runs, RunSpec
+from studio.event_log import EventWriter
+from studio.remedies import remedies
+from studio.runs import Run, Runs
+from studio.specs import RunSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT
 
@@ -99,7 +101,9 @@ def test_a_run_goes_from_reading_the_data_to_an_adapter(work, spec, tiny_folder,
     assert (code, run.status) == (0, "finished")
     told = [type(event).__name__ for event in events]
     assert told[told.index("Started") :] == (
-        ["Started", "Evaluated", "Step", "Step", "Evaluated", "Step", "Step", "Evaluated", "Finished"]
+        ["Started", "Evaluated"]
+        + ["Step", "Step", "Evaluated", "Checkpointed"]  # the best so far, and so is the next
+        + ["Step", "Step", "Evaluated", "Checkpointed", "Finished"]
     )
     assert set(told[: told.index("Started")]) == {"Noted"}
     notes = [note.message for note in run.log.notes]
@@ -250,7 +254,10 @@ def test_a_damaged_spec_fails_the_run_and_names_the_file(work, spec):
     [
         (MemoryError(), r"Not enough memory for batch size 4 × 128 tokens; halve the batch size"),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), r"Not enough memory for batch size 4"),
-        (OSError(28, "No space left on device"), r"The disk is full; free some space on the disk of /.*workspace and"),
+        (
+            OSError(28, "No space left on device"),
+            r"The disk is full, so the run is paused\. Free some space on the disk of",
+        ),
         (KeyError("boo"), r"An error that was not foreseen: KeyError: 'boo' \(the whole of it is in .*worker\.log\)"),
     ],
     ids=["memory", "torch's allocator", "disk", "unforeseen"],
@@ -261,8 +268,84 @@ def test_what_only_the_machine_can_cause_is_told_with_the_next_step(error, messa
 
     monkeypatch.setattr(worker, "inject", fail)
     code, run = work(spec)
-    assert (code, run.status) == (1, "failed")
+    assert (code, run.status) == (1, "paused" if isinstance(error, OSError) else "failed")
     assert_one_sentence(run.log.end, message)
+
+
+def test_a_failure_for_memory_says_what_it_was_to_take_and_what_each_remedy_would(work, spec, monkeypatch):
+    def fail(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(worker, "train", fail)
+    _, run = work(spec)
+    assert (run.status, run.log.end.cause) == ("failed", "memory")
+    sizes = run.log.end.predicted_bytes
+    terms = {name: size for name, size in sizes.items() if name in MemoryForecast.__dataclass_fields__}
+    assert sizes.keys() - terms.keys() == {remedy.label for remedy in remedies(run)}
+    assert len(sizes) == 5 + 3 and all(0 < size < sum(terms.values()) for size in sizes.values())
+    half = sizes["Batch size 2, accumulation 2"] - sum(terms.values()) + terms["activations"]
+    assert half == pytest.approx(terms["activations"] / 2, rel=0.1)
+
+
+def test_a_remedy_of_memory_trains_on_from_the_last_checkpoint(work, spec, monkeypatch, workspace):
+    """With activation checkpointing the same steps are taken, to rounding."""
+    real = worker.train
+
+    class Failing:
+        def __init__(self, *args, **options):
+            self._training = real(*args, **options)
+            self._events = iter(self._training)
+
+        def __getattr__(self, name):
+            return getattr(self._training, name)
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if self._training.step == 3:
+                raise MemoryError
+            return next(self._events)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "train", Failing)
+        _, run = work(spec)
+    assert (run.status, run.checkpoints.steps()) == ("failed", [2])
+    by_label = {remedy.label: remedy.spec for remedy in remedies(run)}
+    mended = Runs(workspace).create(by_label["Activation checkpointing (slower)"])
+    assert mended.spec.continues == f"{run.id}@2"
+    assert worker.main([str(mended.folder)]) == 0
+    _, whole = work(spec)
+    assert whole.status == mended.status == "finished"
+    assert [s.step for s in mended.log.steps] == [1, 2, 3, 4]
+    assert [s.loss for s in mended.log.steps] == pytest.approx([s.loss for s in whole.log.steps], rel=1e-5)
+
+
+def test_rows_that_cannot_be_trained_on_are_a_failure_of_the_data(work, spec):
+    _, run = work(dataclasses.replace(spec, data=dataclasses.replace(spec.data, prompt="nothing")))
+    assert (run.status, run.log.end.cause) == ("failed", "data")
+    assert "must be a column of" in run.log.end.message
+
+
+def test_a_loss_that_is_not_finite_names_the_rows_of_the_data_and_offers_a_smaller_rate(work, spec, monkeypatch):
+    real = worker.inject
+
+    def spoil(model, *args, **options):
+        injection = real(model, *args, **options)
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.base_layer.weight[0, 0] = float("nan")
+        return injection
+
+    monkeypatch.setattr(worker, "inject", spoil)
+    _, run = work(dataclasses.replace(spec, data=dataclasses.replace(spec.data, eval_fraction=0.0)))
+    assert (run.status, run.log.end.cause) == ("failed", "loss")
+    found = re.fullmatch(
+        r"The loss of step 1 is not a finite number in row ([\d, ]+) of the data, first in "
+        r"model\.layers\.1\.mlp\.up_proj\.base_layer; try a smaller learning rate, .*",
+        run.log.end.message,
+    )
+    assert found and len(found[1].split(", ")) == 4 and all(1 <= int(n) <= 24 for n in found[1].split(", "))
+    assert [remedy.label for remedy in remedies(run)] == ["Learning rate 0.0033"]
 
 
 def test_a_worker_refuses_a_run_that_another_holds(spec, workspace, hold):
@@ -295,15 +378,9 @@ def wait_for_a_step(run: Run) -> None:
         time.sleep(0.05)
 
 
-def test_a_worker_lives_on_its_own_holds_the_machine_and_saves_when_it_is_ended(workspace, spec, reap):
-    runs = Runs(workspace)
-    run = jobs.start(runs, dataclasses.replace(spec, name="The first", train=FOREVER))
+def test_a_worker_lives_on_its_own_and_saves_when_it_is_ended(workspace, spec, reap):
+    run = jobs.start(Runs(workspace), dataclasses.replace(spec, train=FOREVER))
     assert run.status == "running"
-    with pytest.raises(
-        LoRAError, match=r"“The first” is still training on this machine; wait for it, or stop it first\."
-    ):
-        jobs.start(runs, spec)
-    assert runs.list() == [run]
     wait_for_a_step(run)
     (child,) = jobs._children
     assert os.getsid(child.pid) == child.pid != os.getsid(0)
@@ -312,33 +389,7 @@ def test_a_worker_lives_on_its_own_holds_the_machine_and_saves_when_it_is_ended(
     assert run.status == "stopped"
     assert run.log.steps[-1].step == run.log.end.step
     assert Adapter.load(run.adapter_folder).num_parameters == all_linear(4)
-    assert "the adapter is saved" in run.log_tail()
-
-
-def test_of_two_starts_at_once_one_is_refused(workspace, spec, reap, monkeypatch):
-    together, running, popen = threading.Barrier(2), Runs.running, subprocess.Popen
-
-    def ask_together(self: Runs) -> Run | None:
-        found = running(self)
-        with contextlib.suppress(threading.BrokenBarrierError):  # once one waits for the other
-            together.wait(1)
-        return found
-
-    def start() -> None:
-        try:
-            started.append(jobs.start(Runs(workspace), spec))
-        except LoRAError as error:
-            refused.append(error)
-
-    started, refused = [], []
-    monkeypatch.setattr(Runs, "running", ask_together)
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: popen(["sleep", "30"], **options))
-    threads = [threading.Thread(target=start) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(started), len(refused)) == (1, 1)
+    assert "everything is saved" in run.log_tail()
 
 
 @pytest.mark.parametrize(
@@ -396,7 +447,7 @@ def interrupt(run: Run, times: int, events: list[Event], monkeypatch) -> None:
         if len(pressed) < times:
             pressed.append(1)
             raise KeyboardInterrupt
-        writer = EventWriter(run)
+        writer = EventWriter(run.log)
         for event in events:
             writer.write(event)
         writer.close()

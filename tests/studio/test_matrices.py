@@ -80,6 +80,18 @@ def test_a_kind_that_some_layers_lack_counts_those_that_have_it():
     assert kinds({}) == []
 
 
+def test_experts_are_one_kind_a_stack_however_many_a_layer_has():
+    paths = [f"h.{i}.mlp.experts.{name}.{e}" for i in range(3) for name in ("up", "down") for e in range(4 + i)]
+    found = kinds(dict.fromkeys(paths, (8, 4)), "expert")
+    assert found == [MatrixKind(f"mlp.experts.{name}", (8, 4), 3, "expert", 6) for name in ("up", "down")]
+    attention = kinds({f"h.{i}.attn.q": (8, 4) for i in range(3)})
+    assert presets([*attention, *found]) == {
+        QUERY_VALUE: ["attn.q"],
+        ATTENTION: ["attn.q"],
+        ALL: ["attn.q", "mlp.experts.up", "mlp.experts.down"],
+    }
+
+
 @pytest.mark.parametrize(
     ("layer", "query_value", "attention"),
     [

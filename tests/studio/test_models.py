@@ -9,20 +9,18 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 import transformers
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from safetensors.torch import load_file, save_file
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from core.errors import LoRAError
+from core import LoRAConfig, LoRAError, inject, lora_layers, matrix_at
 from studio import gguf as studio_gguf
 from studio import models
 from studio.workspace import Workspace
+from tests.studio.ggufs import write_gguf
 
 STARTER = models.STARTER
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -104,58 +102,6 @@ def folder(tmp_path, llama_folder) -> Path:
 
 def change_json(file: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def write_gguf(file: Path, seed: int = 0, **extra) -> Path:
-    """A whole GGUF file of 2 tiny Llama layers with a byte-level tokenizer, Q8_0 where rows are long enough."""
-    rng = np.random.default_rng(seed)
-    width, inner, kv = 64, 96, 32
-    alphabet = sorted(bytes_to_unicode().values())
-    tokens = [*alphabet, "he", "<|end|>"]
-    writer = gguf.GGUFWriter(file, "llama")
-    for add, value in (
-        (writer.add_name, "tiny"),
-        (writer.add_license, "mit"),
-        (writer.add_block_count, 2),
-        (writer.add_context_length, 64),
-        (writer.add_embedding_length, width),
-        (writer.add_feed_forward_length, inner),
-        (writer.add_head_count, 4),
-        (writer.add_head_count_kv, 2),
-        (writer.add_layer_norm_rms_eps, 1e-5),
-        (writer.add_rope_freq_base, 10000.0),
-        (writer.add_rope_dimension_count, 16),
-        (writer.add_vocab_size, len(tokens)),
-        (writer.add_file_type, gguf.LlamaFileType.MOSTLY_Q8_0),
-        (writer.add_tokenizer_model, "gpt2"),
-        (writer.add_token_list, tokens),
-        (writer.add_token_types, [1] * (len(tokens) - 1) + [3]),
-        (writer.add_token_merges, ["h e"]),
-        (writer.add_bos_token_id, len(tokens) - 1),
-        (writer.add_eos_token_id, len(tokens) - 1),
-    ):
-        add(value)
-    for key, value in extra.items():
-        writer.add_uint16(key.replace("__", "."), value)
-    shapes = {"token_embd": (len(tokens), width), "output_norm": (width,)}
-    for i in range(2):
-        shapes |= {f"blk.{i}.{n}": (width,) for n in ("attn_norm", "ffn_norm")}
-        shapes |= {f"blk.{i}.{n}": (width, width) for n in ("attn_q", "attn_output")}
-        shapes |= {f"blk.{i}.{n}": (kv, width) for n in ("attn_k", "attn_v")}
-        shapes |= {f"blk.{i}.{n}": (inner, width) for n in ("ffn_gate", "ffn_up")}
-        shapes |= {f"blk.{i}.ffn_down": (width, inner)}
-    for name, shape in shapes.items():
-        values = rng.normal(size=shape).astype(np.float32)
-        if len(shape) == 1:
-            writer.add_tensor(f"{name}.weight", values)
-        else:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 @pytest.fixture(scope="session")
@@ -296,6 +242,34 @@ def test_read_weight_of_an_unknown_path_names_near_ones(llama_folder, workspace)
         models.read_weight(str(llama_folder), workspace, "model.layers.0.q_proj")
 
 
+EXPERTS = {"num_local_experts": 3, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+
+
+def mixture_folder(kind: str, folder: Path, tokenizer, **changes) -> Path:
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **EXPERTS, **HEADS, **changes)
+    return save_folder(folder, getattr(transformers, f"{kind}ForCausalLM")(config), tokenizer)
+
+
+def test_an_experts_matrix_is_read_out_of_its_stack(tmp_path, tokenizer, workspace):
+    folder = str(mixture_folder("GptOss", tmp_path, tokenizer, head_dim=8))
+    model = models.load_model(folder, workspace)
+    inject(model, LoRAConfig(r=2, target_modules=("gate_up_proj", "down_proj")))
+    assert len(lora_layers(model)) == 2 * EXPERTS["num_local_experts"]
+    for path, layer in lora_layers(model).items():
+        holder, as_matrix = matrix_at(models.skeleton(folder, workspace), path)
+        assert torch.equal(as_matrix(models.read_weight(folder, workspace, holder)), layer.weight_matrix())
+
+
+def test_a_stack_that_the_files_keep_in_pieces_is_told_in_a_sentence(tmp_path, tokenizer, workspace):
+    folder = str(mixture_folder("Mixtral", tmp_path, tokenizer))
+    holder, _ = matrix_at(models.skeleton(folder, workspace), "model.layers.0.mlp.experts.down_proj.1")
+    with pytest.raises(
+        LoRAError, match=r"down_proj'\) must be stored as one weight .* files keep each expert by itself"
+    ):
+        models.read_weight(folder, workspace, holder)
+
+
 def test_end_tokens_take_lists_and_absent_ids():
     generation = transformers.GenerationConfig
     model, tokenizer = type("Model", (), {})(), type("Tokenizer", (), {"eos_token_id": 5})()
@@ -405,6 +379,13 @@ SPOILED = {
     "empty index": (
         lambda folder: [removed("model.safetensors")(folder), text("model.safetensors.index.json", "{}")(folder)],
         r"weight_map in its model\.safetensors\.index\.json; fetch",
+    ),
+    "weights elsewhere": (
+        lambda folder: [
+            removed("model.safetensors")(folder),
+            text("model.safetensors.index.json", '{"weight_map": {"a": "../other/model.safetensors"}}')(folder),
+        ],
+        r"must name files beside its model\.safetensors\.index\.json, and no others; '\.\./other/model\.s.*' is none",
     ),
     "missing weight": (without_layer, r"all of its weights; 9 are missing, the first is model\.layers\.1\."),
     "torn weights": (truncated, r"must hold weights that fit its config\.json; they could not be read"),

@@ -324,6 +324,9 @@ def test_many_columns_are_named_only_in_part(put, workspace):
         ("\u65e5\u672c\u8a9e.csv", "\u65e5\u672c\u8a9e.csv"),
         ("x" * 300 + ".jsonl", "x" * 54 + ".jsonl"),
         ("rows.tar.gz", "rows.tar.gz"),
+        ("CON.csv", "data_CON.csv"),
+        ("lpt1", "data_lpt1"),
+        ("console.csv", "console.csv"),
     ],
 )
 def test_an_upload_gets_a_harmless_name_in_the_uploads(name, kept, put, workspace):

@@ -2,12 +2,17 @@
 
 import asyncio
 import dataclasses
+import html
 import math
+import re
+import shlex
+import shutil
 from html.parser import HTMLParser
 
 import gradio as gr
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from core import (
     ALL_LINEAR,
@@ -21,14 +26,18 @@ from core import (
     Started,
     Step,
     TrainConfig,
+    adaptable,
     amplification,
+    plan,
     spectrum,
 )
-from studio import data, models
+from studio import __main__ as cli
+from studio import data, jobs, matrices, models
 from studio.chat import Answer
 from studio.data import DataSpec
 from studio.forms import Form
-from studio.runs import Run, RunSpec
+from studio.runs import Run
+from studio.specs import RunSpec
 from studio.state import Studio
 from studio.tables import Table, list_starters
 from studio.tabs import chat as chat_tab
@@ -150,6 +159,22 @@ def test_the_cost_is_told_before_a_weight_is_loaded(studio, tiny_folder):
     assert all(p.is_meta for p in studio.skeleton(str(tiny_folder)).parameters())
 
 
+def test_the_cost_of_experts_counts_their_matrices_and_the_picker_their_stacks(studio, tiny_folder, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    model = MixtralForCausalLM(MixtralConfig(num_local_experts=5, **sizes, **heads))
+    model.save_pretrained(tmp_path)
+    shutil.copy(tiny_folder / "tokenizer.json", tmp_path)
+    config = LoRAConfig(r=2, target_modules=("q_proj", "experts.down_proj.4"))
+    facts = Read(model_tab.cost_view(studio, str(tmp_path), config)).facts
+    everything = 2 * (4 + 2 * 5) + 2  # attention and two stacks in two layers, the head and the embedding
+    assert facts["Matrices adapted"] == f"4 of {everything}"
+    (gate_up, down) = matrices.kinds(adaptable(studio.skeleton(str(tmp_path)), ["expert"]), "expert")
+    assert model_tab.label(down) == "mlp.experts.down_proj · 16 × 24 · 2× · 5 experts each"
+    taken = plan(model, LoRAConfig(r=2, target_modules=(gate_up.name, down.name))).targets
+    assert len(taken) == 2 * 2 * 5
+
+
 def test_a_cost_that_cannot_be_is_one_sentence(studio, tiny_folder):
     with pytest.raises(LoRAError, match=r"`r` \(=17\) must be at most 16 to fit"):
         model_tab.cost_view(studio, str(tiny_folder), LoRAConfig(r=17))
@@ -226,16 +251,20 @@ def update(component) -> dict:
 def test_the_view_of_no_run_says_what_to_do():
     shown = train_tab.view(None)
     assert "press Start training" in shown["status"] and "<svg" not in shown["status"]
-    assert shown["worker-log"] == ""
-    assert train_tab.stop_button(None).interactive is False
+    assert shown["worker-log"] == shown["charts"] == ""
+    assert not any(update(control)["visible"] for control in train_tab.controls(None))
 
 
 def test_the_tab_has_a_place_for_each_part_of_the_view():
     tab = drawn(train_tab.build)
     assert set(tab.form.names) == set(TrainConfig().to_dict()) - {"max_length"}
-    places = [b.value for b in tab.start.parent.parent.parent.children[1].children if isinstance(b, gr.HTML)]
-    accordion = [c for c in tab.start.parent.parent.parent.children[1].children if isinstance(c, gr.Accordion)]
-    places += [b.value for c in accordion for b in c.children]
+
+    def within(block) -> list:
+        return [block, *(one for child in getattr(block, "children", []) for one in within(child))]
+
+    places = [
+        block.value for block in within(tab.form.widgets[0].parent.parent.parent.parent) if isinstance(block, gr.HTML)
+    ]
     assert all(any(f'id="{name}"' in place for place in places) for name in train_tab.view(None))
 
 
@@ -252,17 +281,18 @@ def test_a_running_run_shows_progress_time_left_and_all_charts(write_run, hold, 
     read = Read(shown["status"])
     text = read.text
     assert text[:2] == [HOSTILE, " "] and text[2] == "running"
-    facts = dict(zip(text[3:15:2], text[4:15:2], strict=True))
+    facts = dict(zip(text[3:17:2], text[4:17:2], strict=True))
     assert facts == {
         "Step": "2 of 8",
         "Time left": "3 s",
         "Training loss": "2.500",
         "Held-out loss": "3.250 → 2.750",
+        "Best at step": "2",
         "Runs on": "cpu, weights bfloat16",
         "Memory shown": "resident memory of the process",
     }
     assert 'aria-valuenow="2" aria-valuemax="8"' in shown["status"] and "width:25.0%" in shown["status"]
-    assert read.pictures == [
+    assert Read(shown["charts"]).pictures == [
         "Loss (nats per token): training 2.5, held-out rows 2.75",
         "Learning rate: 0.001",
         "Gradient norm: 0.25",
@@ -270,14 +300,34 @@ def test_a_running_run_shows_progress_time_left_and_all_charts(write_run, hold, 
         "Tokens per second: 240",
     ]
     assert shown["worker-log"] == "12:00:00 step 2"
-    assert train_tab.stop_button(run).interactive is True
+
+
+KILLED = "The worker ended without a word (killed, or the machine went down)."
 
 
 @pytest.mark.parametrize(
     ("events", "status", "words"),
     [
-        ([], "interrupted", "The worker ended without a word (killed, or the machine went down)."),
-        ([STARTED, step(1)], "interrupted", "The worker ended without a word (killed, or the machine went down)."),
+        ([], "interrupted", f"{KILLED} Resume starts it from the beginning."),
+        ([STARTED, step(1)], "interrupted", f"{KILLED} Resume starts it from the beginning."),
+        (
+            [STARTED, step(1), Finished(1, "paused", 0)],
+            "paused",
+            "Everything is saved and its memory is free. Resume goes on after step 1.",
+        ),
+        (
+            [STARTED, Evaluated(0, 3.0, 9, 0.1), Evaluated(2, 1.0, 9, 0.1), Evaluated(4, 2.0, 9, 0.1)]
+            + [Finished(4, "early", 0)],
+            "finished",
+            "Ended early: the held-out loss rose. The adapter saved is that of step 2.",
+        ),
+        ([Failed("The disk is full.", "disk")], "paused", "The disk is full."),
+        (
+            [STARTED, step(1), Finished(1, "killed", 0)],
+            "stopped",
+            "It was killed: all of its processes are gone, and their memory is free. "
+            "Resume starts it from the beginning.",
+        ),
         ([Failed(f"`x` (={HOSTILE}) must be 2.")], "failed", f"`x` (={HOSTILE}) must be 2."),
         ([STARTED, step(1), Failed("No room.")], "failed", "No room."),
         (
@@ -292,15 +342,15 @@ def test_a_running_run_shows_progress_time_left_and_all_charts(write_run, hold, 
         ),
     ],
 )
-def test_a_run_that_has_ended_says_how_and_cannot_be_stopped(events, status, words, write_run):
+def test_a_run_that_has_ended_says_how(events, status, words, write_run):
     run = write_run(events)
     run.adapter_folder.mkdir()
-    (run.adapter_folder / "adapter_config.json").write_text("{}")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (run.adapter_folder / name).write_text("{}")
     read = Read(train_tab.view(run)["status"])
     assert read.text[2] == status and words in read.text
     assert "img" not in read.tags
     assert "Time left" not in read.text
-    assert train_tab.stop_button(run).interactive is False
 
 
 @pytest.mark.parametrize(
@@ -317,17 +367,70 @@ def test_a_run_stopped_before_its_first_step_does_not_claim_an_adapter(write_run
     assert "The adapter is saved" not in train_tab.view(write_run([Finished(0, "stopped", 0)]))["status"]
 
 
-def test_the_stop_button_says_what_it_does_again_in_the_next_run(write_run, hold):
-    run = write_run([STARTED, step(1)])
-    hold(run)
-    assert update(train_tab.stop_button(run)).get("value") == "Stop and save"
+def buttons(run: Run) -> dict[str, tuple[str, bool]]:
+    """Name → words, and whether it can be pressed, of the buttons that are shown."""
+    shown = zip(train_tab.ACTIONS, map(update, train_tab.controls(run)), strict=False)
+    return {name: (b["value"], b["interactive"]) for name, b in shown if b["visible"]}
 
 
-def test_a_run_that_was_asked_to_stop_is_not_asked_again(write_run, hold):
+def test_a_running_run_can_be_paused_or_stopped_and_once_asked_killed(write_run, hold):
     run = write_run([STARTED, step(1)])
     hold(run)
+    assert buttons(run) == {"pause": ("Pause", True), "stop": ("Stop and save", True)}
     run.ask_to_stop()
-    assert update(train_tab.stop_button(run))["interactive"] is False
+    assert buttons(run) == {"stop": ("Stopping after this step …", False), "kill": ("Kill it now", True)}
+    run.ask_to_stop("paused")
+    assert buttons(run)["stop"] == ("Pausing after this step …", False)
+
+
+@pytest.mark.parametrize(
+    ("end", "has_checkpoint", "possible"),
+    [
+        (None, False, {"resume"}),
+        (None, True, {"resume", "further"}),
+        (Finished(1, "paused", 0), True, {"resume", "further"}),
+        (Finished(1, "stopped", 0), True, {"resume", "further"}),
+        (Failed("No room.", "memory"), False, {"resume"}),
+        (Finished(60, "done", 0), True, {"further"}),
+        (Finished(60, "done", 0), False, set()),
+    ],
+)
+def test_a_run_that_has_ended_can_go_on_from_where_it_is(end, has_checkpoint, possible, write_run):
+    run = write_run([STARTED, step(1), *([end] if end else [])])
+    if has_checkpoint:
+        run.checkpoints.at(1).mkdir(parents=True)
+        (run.checkpoints.at(1) / "training.safetensors").touch()
+    assert set(buttons(run)) == possible
+    number = update(train_tab.controls(run)[len(train_tab.ACTIONS)])
+    assert number["visible"] == ("further" in possible)
+
+
+def test_a_queued_run_can_be_moved_and_taken_out(write_run):
+    run = write_run([])
+    run.place = 1.0
+    assert buttons(run) == {
+        "stop": ("Take out of the queue", True),
+        "earlier": ("Move up", True),
+        "later": ("Move down", True),
+    }
+    assert Read(train_tab.view(run)["status"]).text[2] == "queued"
+
+
+def test_what_may_help_a_run_that_failed_is_a_button_each(write_run):
+    run = write_run([STARTED, step(1), Failed("Not enough memory.", "memory")])
+    shown = [update(c) for c in train_tab.controls(run)[len(train_tab.ACTIONS) + 1 :]]
+    assert [b["value"] for b in shown if b["visible"]] == [
+        "Batch size 2, accumulation 2, and go on",
+        "Activation checkpointing (slower), and go on",
+        "Rows of at most 128 tokens, and go on",
+    ]
+    assert len(train_tab.controls(run)) == len(train_tab.controls(None))
+
+
+def test_a_number_of_further_steps_that_is_none_is_refused(write_run, studio):
+    run = write_run([STARTED, step(1), Finished(1, "stopped", 0)])
+    with pytest.raises(LoRAError, match=r"`steps` \(=None\) must be a whole number"):
+        train_tab.act(studio.runs, "further", run, None)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +444,8 @@ def test_a_run_that_was_asked_to_stop_is_not_asked_again(write_run, hold):
         (3599.6, "1 h 0 min"),
         (7505, "2 h 5 min"),
         (90_000, "25 h 0 min"),
+        (math.nan, "unknown"),
+        (math.inf, "unknown"),
     ],
 )
 def test_a_length_of_time_in_words(seconds, words):
@@ -590,6 +695,23 @@ def test_the_details_hold_all_settings_that_matter_as_text(write_run):
     assert facts["Steps × batch"] == "7 × 6"
     assert facts["Learning rate"] == "0.0002, linear"
     assert (facts["Model"], facts["Data"], facts["Seed"]) == ("starter", "starter:restaurants", "5")
+    assert "Begins with" not in facts
+
+
+def test_the_command_shown_makes_the_same_run(write_run, monkeypatch):
+    run = write_run(spec=RunSpec("Two words", lora=LoRAConfig(r=3), train=TrainConfig(seed=5)))
+    words = shlex.split(html.unescape(re.search("<code>(.*)</code>", runs_tab.details(run))[1]))
+    asked = []
+    monkeypatch.setattr(jobs, "start", lambda runs, spec: asked.append((runs.workspace.root, spec)))
+    monkeypatch.setattr(jobs, "follow", lambda run, as_json: 0)
+    assert words[0] == "lora-studio" and cli.main(words[1:]) == 0
+    assert asked == [(run.folder.parent.parent, run.spec)]
+
+
+def test_details_say_what_a_run_begins_with(write_run):
+    run = write_run([STARTED, step(1)])
+    run._spec = RunSpec(continues="20260101-000000-x-abcd@40")
+    assert Read(runs_tab.details(run)).facts["Begins with"] == "20260101-000000-x-abcd@40"
 
 
 @pytest.mark.parametrize(
