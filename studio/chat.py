@@ -1,5 +1,6 @@
 """Base, adapted and merged model side by side: each pane generates with what it says it runs."""
 
+import inspect
 import math
 import threading
 import time
@@ -138,6 +139,8 @@ class Engine:
         if len(prompt_ids) >= room:
             raise LoRAError(f"The prompt (={len(prompt_ids)} tokens) must be shorter than the model's context, {room}.")
         num_threads = 1 if self._is_cpu_shared() else self._num_threads
+        # Renamed in transformers 5.24.
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         cache = None
         said: list[int] = []
         computing, first_seconds = 0.0, 0.0
@@ -145,10 +148,10 @@ class Engine:
             started = time.perf_counter()
             with self._lock, torch.inference_mode(), strength(model, level):
                 torch.set_num_threads(num_threads)  # of this thread, which may be another each time
-                output = model(input_ids=token, past_key_values=cache, use_cache=True)
+                output = model(input_ids=token, use_cache=True, **{name: cache})
                 engine = describe(model, self._model)
                 chosen = choose(output.logits[0, -1], settings, generator)
-            cache = output.past_key_values
+            cache = output[name]
             if not said:
                 first_seconds = time.perf_counter() - begin
             else:
