@@ -82,15 +82,8 @@ class Adapter:
             AdapterFileError: A matrix or parameter of the adapter is not in the model or has another
                 shape, or the adapter names another base model; the model is left as it was.
         """
+        self.check_fit(model, base_model=base_model)
         shapes = adaptable(model)
-        problems = self._misfits(model, shapes)
-        if base_model is not None and self.base_model not in (None, base_model):
-            problems.insert(0, f"this model is {base_model}")
-        if problems:
-            raise AdapterFileError(
-                f"The adapter (made for {self.base_model or 'a model not named'}) must fit the model: "
-                f"{listed(problems)}. Load the base model that it was trained on."
-            )
         eject(model)
         ordered = {path: self.factors[path] for path in shapes if path in self.factors}
         targets = tuple(Target(path, *f.shape, f.r, f.scaling, path in self.magnitudes) for path, f in ordered.items())
@@ -107,6 +100,21 @@ class Adapter:
             for name, p in trained_in_full(model).items():
                 p.copy_(self.trained_in_full[name])
         return injection
+
+    def check_fit(self, model: nn.Module, *, base_model: str | None = None) -> None:
+        """Raises unless the adapter can be put on `model`, which is left as it is.
+
+        Raises:
+            AdapterFileError: As of `apply`; all misfits in one message.
+        """
+        problems = self._misfits(model, adaptable(model))
+        if base_model is not None and self.base_model not in (None, base_model):
+            problems.insert(0, f"this model is {base_model}")
+        if problems:
+            raise AdapterFileError(
+                f"The adapter (made for {self.base_model or 'a model not named'}) must fit the model: "
+                f"{listed(problems)}. Load the base model that it was trained on."
+            )
 
     def _misfits(self, model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
         problems = []

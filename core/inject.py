@@ -67,7 +67,7 @@ def wrap(model: nn.Module, injection: Injection, *, seed: int = 0, draw: bool = 
         module, original = model.get_submodule(path), model.get_parameter(name)
         extras[name] = _Extra(module, attribute, original, nn.Parameter(original.detach().clone()))
     model.requires_grad_(False)
-    places = _places(model)
+    places = places_of(model)
     for t in injection.targets:
         generator = torch.Generator().manual_seed(_seed_of(seed, t.path, t.r))
         init = config.init if draw else "kaiming"
@@ -75,7 +75,7 @@ def wrap(model: nn.Module, injection: Injection, *, seed: int = 0, draw: bool = 
         module = _submodule(model, t.path)
         if module is not None:
             layer: nn.Module = adapted_layer(module, t.r, t.scaling, **options)
-            _replace(model, places[module], layer)
+            replace(model, places[module], layer)
             continue
         path, _, part = t.path.rpartition(".")
         above, _, name = path.rpartition(".")
@@ -104,11 +104,11 @@ def eject(model: nn.Module, *, keep_merged: bool = False) -> None:
             ordinary one. Otherwise they are unmerged first.
     """
     wrappers = [m for m in model.modules() if isinstance(m, Wrapper) and "base_layer" in dict(m.named_children())]
-    places = _places(model)
+    places = places_of(model)
     for layer in wrappers:
         if not keep_merged:
             layer.unmerge()
-        _replace(model, places[layer], layer.base_layer)
+        replace(model, places[layer], layer.base_layer)
     if wrappers:
         before = model.__dict__.pop("_lora_before", {})
         model.__dict__.pop("_lora_injection", None)
@@ -220,7 +220,8 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def _replace(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+def replace(model: nn.Module, paths: Iterable[str], module: nn.Module) -> None:
+    """Puts `module` at all these paths."""
     for path in paths:
         model.set_submodule(path, module)
 
@@ -230,11 +231,11 @@ def _wrapped(model: nn.Module, module: nn.Module, kind: type[Holder], places: di
     if isinstance(module, kind):
         return module
     wrapper = kind(module)
-    _replace(model, places[module], wrapper)
+    replace(model, places[module], wrapper)
     return wrapper
 
 
-def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
+def places_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Returns module → all its paths; most have one."""
     places: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
