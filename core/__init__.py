@@ -2,6 +2,8 @@
 
 from core.adapter import Adapter
 from core.algebra import Truncation, difference, distance, equal, inner_product, norm, truncate, weighted_sum
+from core.attention import Segments, causal_attention
+from core.bank import AdapterBank
 from core.checkpoint import Checkpoint
 from core.config import ALL_LINEAR, LoRAConfig, TrainConfig
 from core.declarations import Config, Setting, read_json, setting, settings
@@ -33,8 +35,9 @@ from core.fused import LoRAFused, LoRASlice
 from core.geometry import Amplification, amplification, subspace_similarity
 from core.inject import eject, inject, injection_of, merge, merged_copy, strength, trained_in_full, unmerge
 from core.layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
+from core.losses import token_losses
 from core.matrices import Factors, Layout
 from core.memory import MemoryForecast, forecast_memory
 from core.spectrum import Spectrum, random_sigma, spectrum
 from core.targets import FORMS, Injection, Target, adaptable, lora_layers, matrix_at, plan
-from core.train import Training, evaluate, token_losses, train
+from core.train import Training, evaluate, train

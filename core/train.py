@@ -2,14 +2,13 @@
 
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from core.checkpoint import Checkpoint
 from core.config import TrainConfig
@@ -17,13 +16,9 @@ from core.devices import memory_bytes, memory_source, peak_memory_bytes
 from core.distributed import World
 from core.errors import LoRAError, NonFiniteLossError
 from core.events import Evaluated, Event, Finished, Started, Step
+from core.losses import IGNORED, Batch, Losses
 from core.nonfinite import first_in_forward, first_in_gradients, first_in_weights
 from core.targets import count_parameters, lora_layers
-
-IGNORED = -100
-"""The label of a token that is not trained, as in torch's cross-entropy."""
-
-Batch = Mapping[str, Tensor]
 
 _ALONE = World()
 
@@ -81,7 +76,9 @@ class Training(Iterator[Event]):
     def _run(self) -> Generator[Event]:
         model, config, world = self._model, self._config, self._world
         self._check()
-        losses_of = world.wrap(_Losses(model))
+        losses = Losses(model)
+        losses.choose()
+        losses_of = world.wrap(losses)
         groups = _parameter_groups(model, config)
         num_trainable = sum(p.numel() for group in groups for p in group["params"])
         first = next(iter(lora_layers(model).values()))
@@ -105,7 +102,7 @@ class Training(Iterator[Event]):
         try:
             while True:
                 if self.owes_evaluation:
-                    evaluated = evaluate(model, self._eval_batches or (), world, step=self.step)
+                    evaluated = _evaluate(losses, self._eval_batches or (), world, self.step)
                     self.evaluations.append((self.step, evaluated.loss))
                     yield evaluated
                 if self.step >= config.steps or self._has_turned():
@@ -118,7 +115,8 @@ class Training(Iterator[Event]):
                         f"`batches` must give steps × accumulation (={config.steps * config.accumulation}) batches; "
                         f"they ran out in step {self.step + 1}."
                     )
-                taken = _step(model, losses_of, optimizer, micro_batches, config, self.step + 1, world)
+                with losses.fusion:
+                    taken = _step(model, losses_of, optimizer, micro_batches, config, self.step + 1, world)
                 self.step += 1
                 self.num_rows += sum(len(b["labels"]) for b in micro_batches)
                 yield taken
@@ -197,17 +195,6 @@ def _evaluates_after(step: int, config: TrainConfig) -> bool:
     return step in (0, config.steps) or (config.eval_every > 0 and step % config.eval_every == 0)
 
 
-class _Losses(nn.Module):
-    """`token_losses` as a module, which DDP can wrap."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Batch) -> Tensor:
-        return token_losses(self.model, batch)
-
-
 def _step(
     model: nn.Module,
     losses_of: nn.Module,
@@ -257,7 +244,6 @@ def _seeded(device: torch.device, seed: int, step: int) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], world: World = _ALONE, *, step: int = 0) -> Evaluated:
     """Returns the mean loss over all trained tokens of `batches`; leaves the model in eval mode.
 
@@ -266,33 +252,24 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], world: World = _ALONE, 
     Raises:
         LoRAError: No batch holds a trained token.
     """
+    losses = Losses(model)
+    losses.choose()
+    return _evaluate(losses, batches, world, step)
+
+
+@torch.no_grad()
+def _evaluate(losses: Losses, batches: Iterable[Batch], world: World, step: int) -> Evaluated:
     begin = time.perf_counter()
-    model.eval()
-    device = next(model.parameters()).device
+    losses.model.eval()
     total, num_trained = 0.0, 0
-    for batch in batches:
-        total += token_losses(model, _own(batch, device, world)).sum().item()
-        num_trained += _num_trained(batch["labels"])
+    with losses.fusion:
+        for batch in batches:
+            total += losses(_own(batch, world)).sum().item()
+            num_trained += _num_trained(batch["labels"])
     total = world.sum(total)
     if not num_trained:
         raise LoRAError("`batches` (for evaluation) must hold at least one trained token; all labels are -100.")
     return Evaluated(step, total / num_trained, num_trained, time.perf_counter() - begin)
-
-
-def token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Returns the cross-entropy of each trained token of `batch`, (num_trained_tokens), float32, in nats.
-
-    Token t + 1 is predicted from the tokens up to t. Only positions that predict a trained token
-    go through the output head: its logits are the largest tensor of a step.
-    """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    targets = batch["labels"][:, 1:]
-    trained = targets != IGNORED
-    with _head_sees_only(model, trained) as selected:
-        output = model(**inputs)
-    logits = getattr(output, "logits", output)
-    logits = logits[0] if selected else logits[:, :-1][trained]
-    return F.cross_entropy(logits.float(), targets[trained], reduction="none")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -316,9 +293,9 @@ def _backward(model: nn.Module, losses_of: nn.Module, micro_batches: list[Batch]
     places = [place for place, count in enumerate(counts) if count]
     if not places:
         raise LoRAError(f"The batch of step {step} must hold at least one trained token; all its labels are -100.")
-    device, total = next(model.parameters()).device, 0.0
+    total = 0.0
     for place in places:
-        own = _own(micro_batches[place], device, world)
+        own = _own(micro_batches[place], world)
         with world.apart(losses_of) if place != places[-1] else nullcontext():
             losses = losses_of(own)
             loss = losses.sum() / sum(counts)
@@ -335,38 +312,15 @@ def _non_finite(
     """Returns the error that says which rows and which layer are to blame."""
     trained = own["labels"][:, 1:] != IGNORED
     rows = range(world.rank, world.size * len(trained), world.size)  # where those of `own` stand in the batch
-    blamed = {rows[i] for i in trained.nonzero()[:, 0][~torch.isfinite(losses)].tolist()}
-    inputs = {key: value for key, value in own.items() if key != "labels"}
+    blamed = {rows[i] for i in trained.nonzero()[:, 0][~torch.isfinite(losses).cpu()].tolist()}
+    device = next(model.parameters()).device
+    inputs = {key: value.to(device) for key, value in own.items() if key != "labels"}
     where = first_in_weights(model) or first_in_forward(model, inputs)
     return NonFiniteLossError.of("loss", step, batch=place, rows=tuple(sorted(blamed)), where=where)
 
 
-@contextmanager
-def _head_sees_only(model: nn.Module, trained: Tensor) -> Iterator[bool]:
-    """Lets the output head see only positions whose next token is trained; yields whether it could.
-
-    The head is asked from the model by `get_output_embeddings()`; a model that does not have it
-    gives all its logits.
-    """
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    if not isinstance(head, nn.Module):
-        yield False
-        return
-
-    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]  # (batch, seq, hidden) -> (1, num_trained_tokens, hidden)
-        return (hidden[:, :-1][trained].unsqueeze(0), *args[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield True
-    finally:
-        handle.remove()
-
-
-def _own(batch: Batch, device: torch.device, world: World) -> dict[str, Tensor]:
-    """Returns the rows of `batch` that this process takes, on its device.
+def _own(batch: Batch, world: World) -> dict[str, Tensor]:
+    """Returns the rows of `batch` that this process takes.
 
     Where there are more processes than rows, one that is left over takes a row of which it trains nothing: all go
     through the model equally often, as they wait for each other there.
@@ -375,7 +329,7 @@ def _own(batch: Batch, device: torch.device, world: World) -> dict[str, Tensor]:
     if not len(own["labels"]):
         own = {key: value[:1] for key, value in batch.items()}
         own["labels"] = torch.full_like(own["labels"], IGNORED)
-    return {key: value.to(device, non_blocking=True) for key, value in own.items()}
+    return own
 
 
 def _num_tokens(batch: Batch) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import LoRAError, quoted
+from core import LoRAError, Segments, causal_attention, quoted
 from studio import gguf, hub
 from studio.model_files import (
     STARTER,
@@ -193,6 +193,62 @@ def load_model(
         )
     loaded.config.name_or_path = model  # what the user named, not the place in the cache
     return loaded.to(device).eval()
+
+
+def prepare_to_train(model: Any, *, activation_checkpointing: bool = False) -> None:
+    """Makes a model ready for `core.train`: no key-value cache, and attention that goes by `core.causal_attention`."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    model.config.use_cache = False
+    if activation_checkpointing:
+        model.activation_checkpointing_enable()
+    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+        AttentionInterface.register(_ATTENTION, _attention)
+        AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+        model.set_attn_implementation(_ATTENTION)
+
+
+_ATTENTION = "lora_studio"
+_PLAIN = {"is_causal", "position_ids", "sliding_window", "use_cache", "output_attentions"}
+"""Arguments of attention that change nothing where tokens see themselves and all before them."""
+
+
+def _attention(
+    module: Any,
+    query: "torch.Tensor",
+    key: "torch.Tensor",
+    value: "torch.Tensor",
+    attention_mask: "torch.Tensor | None",
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: Segments | None = None,
+    **rest: Any,
+) -> "tuple[torch.Tensor, None]":
+    """Returns (batch, seq, heads, d): attention as transformers asks for it, by ours where it is plainly causal.
+
+    Raises:
+        TypeError: The rows of `segments` would have to see more, or less, than themselves.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    is_causal = rest.get("is_causal")
+    window = rest.get("sliding_window")
+    is_plain = (
+        attention_mask is None
+        and dropout == 0.0
+        and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        and query.shape[2] == key.shape[2] > 1
+        and query.shape[3] == key.shape[3] == value.shape[3]
+        and (window is None or window >= key.shape[2])
+        and all(value is None for name, value in rest.items() if name not in _PLAIN)
+    )
+    if is_plain:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return causal_attention(query, key, value, scale, segments).transpose(1, 2), None
+    if segments is not None:
+        raise TypeError("This attention does not take rows that lie one after the other.")
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **rest)
 
 
 def load_tokenizer(model: str, workspace: Workspace, progress: Progress | None = None) -> Any:

@@ -327,9 +327,7 @@ def _prepare(spec: RunSpec) -> Callable[[Any], None]:
     """Returns what is done to a model before it is adapted."""
 
     def prepare(model: Any) -> None:
-        model.config.use_cache = False  # no key-value cache in training
-        if spec.train.activation_checkpointing:
-            model.activation_checkpointing_enable()
+        models.prepare_to_train(model, activation_checkpointing=spec.train.activation_checkpointing)
 
     return prepare
 

@@ -251,7 +251,7 @@ def test_the_model_is_in_train_mode_in_steps_and_in_eval_mode_afterwards(adapted
     seen = []
     model.up.register_forward_hook(lambda layer, *_: seen.append(layer.training))
     list(train(model, batches(2), config(2, eval_every=1), eval_batches=batches(1)))
-    assert seen == [False, True, False, True, False]
+    assert seen[-5:] == [False, True, False, True, False]  # before them, what the model allows is tried out
     assert not any(m.training for m in model.modules())
 
 

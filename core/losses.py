@@ -1,0 +1,186 @@
+"""The loss of a language model on the tokens that are trained: of nothing else are logits made, and of no padding.
+
+Where the model allows it, a batch goes through it as one row without padding, and the loss is taken from the hidden
+states without holding the logits. Whether it does is tried out on the model itself, on a few tokens.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from core.attention import Segments
+from core.fusion import Fusion, linear_of
+from core.kernels import linear_cross_entropy
+
+IGNORED = -100
+"""The label of a token that is not trained, as in torch's cross-entropy."""
+
+Batch = Mapping[str, Tensor]
+
+
+class Way(NamedTuple):
+    """How a batch goes through a model.
+
+    Attributes:
+        packs: As one row, its rows one after the other, each seeing itself alone; for a model whose attention takes
+            `segments` (see `core.attention`).
+        skips_head: Up to the output head, whose logits are made and used piece by piece.
+    """
+
+    packs: bool = False
+    skips_head: bool = False
+
+
+class Losses(nn.Module):
+    """`token_losses` of a model, by the fastest way that gives the same; a module, which DDP can wrap.
+
+    Attributes:
+        model: The model.
+        fusion: To be entered for as long as a loss is computed and its gradient taken.
+        way: How; the plain one until `choose` was called.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Takes an adapted model."""
+        super().__init__()
+        self.model, self.fusion, self.way = model, Fusion(model), Way()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns what `token_losses` does."""
+        return token_losses(self.model, batch, self.way)
+
+    @torch.no_grad()
+    def choose(self) -> None:
+        """Tries on a few tokens what the model allows, in eval mode, in which it is left."""
+        self.model.eval()
+        ids = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 0]])
+        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
+        with self.fusion:
+            expected = self._tried(batch, Way())
+            if expected is None:  # it wants other things than a decoder does
+                return
+            ways = [Way(packs, True) for packs in (True, False) if _gives_its_head_s_logits(self.model, batch)]
+            exact = next(p.dtype for p in self.model.parameters() if not p.requires_grad) == torch.float32
+            for way in (*ways, Way(packs=True)):
+                found = self._tried(batch, way)
+                if found is not None and torch.allclose(found, expected, rtol=1e-4 if exact else 3e-2, atol=1e-5):
+                    self.way = way
+                    return
+
+    def _tried(self, batch: Batch, way: Way) -> Tensor | None:
+        try:
+            return token_losses(self.model, batch, way)
+        except (TypeError, ValueError, RuntimeError, KeyError):  # the model's code takes no such arguments
+            return None
+
+
+def token_losses(model: nn.Module, batch: Batch, way: Way = Way()) -> Tensor:  # noqa: B008 (it is immutable)
+    """Returns the cross-entropy of each trained token of `batch`, (num_trained_tokens), float32, in nats.
+
+    Token t + 1 is predicted from the tokens up to t. Only positions that predict a trained token
+    go through the output head: its logits are the largest tensor of a step.
+
+    A batch that lies on the CPU is prepared there, so that a GPU is never waited for.
+    """
+    device = next(model.parameters()).device
+    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
+    labels = batch["labels"][:, 1:]
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
+    targets = labels[rows, columns]
+    lengths = _lengths(inputs) if way.packs else None
+    if lengths is None:
+        positions = rows * batch["labels"].shape[1] + columns
+    else:
+        positions = (lengths.cumsum(0) - lengths)[rows] + columns
+        inputs = _packed(inputs, lengths)
+    inputs = {key: _to(value, device) for key, value in inputs.items()}
+    if lengths is not None:
+        inputs["segments"] = Segments(lengths, device)
+    positions, targets = _to(positions, device), _to(targets, device)
+    with _at_head(model, positions, skips=way.skips_head) as head:
+        output = model(**inputs)
+    found = getattr(output, "logits", output).flatten(0, 1)
+    found = found if head is not None else found[positions]
+    if way.skips_head and head is not None and (layer := linear_of(head)) is not None:
+        return linear_cross_entropy(found, layer.W, layer.bias, targets)
+    return F.cross_entropy(found.float(), targets, reduction="none")
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns `tensor` on `device`; a GPU fetches it from pinned memory while the CPU goes on."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _lengths(inputs: Batch) -> Tensor | None:
+    """Returns the rows' lengths; None where there is no padding to leave out, or it is not at the right."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or bool(mask.all()) or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
+        return None
+    return mask.sum(1)
+
+
+def _packed(inputs: Batch, lengths: Tensor) -> dict[str, Any]:
+    """Returns the arguments of a model for rows that lie one after the other."""
+    real = inputs["attention_mask"].bool()
+    packed = {key: value[real].unsqueeze(0) for key, value in inputs.items()}
+    packed["position_ids"] = real.cumsum(1)[real].unsqueeze(0) - 1
+    return packed
+
+
+def _head_of(model: nn.Module) -> nn.Module | None:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+@contextmanager
+def _at_head(model: nn.Module, positions: Tensor, *, skips: bool) -> Iterator[nn.Module | None]:
+    """Lets the output head see only these positions, of all rows as one, or gives them as they are; yields the head.
+
+    The head is asked from the model by `get_output_embeddings()`; a model that does not have it
+    gives all its logits.
+    """
+    head: Any = _head_of(model)
+    if head is None:
+        yield None
+        return
+
+    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]  # (batch, seq, hidden) -> (1, num_trained_tokens, hidden)
+        return (hidden.flatten(0, 1)[positions].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    own = vars(head).get("forward")
+    try:
+        if skips:
+            head.forward = lambda hidden: hidden
+        yield head
+    finally:
+        handle.remove()
+        if own is not None:
+            head.forward = own
+        elif skips:
+            del head.forward
+
+
+def _gives_its_head_s_logits(model: nn.Module, batch: Batch) -> bool:
+    """Says whether the model's logits are its head's own, not scaled nor capped, and the head is plain and frozen."""
+    head = _head_of(model)
+    if head is None or linear_of(head) is None or hasattr(head, "lora_A"):
+        return False
+    seen: list[Any] = []
+    handle = head.register_forward_hook(lambda _, __, output: seen.append(output))
+    device = next(model.parameters()).device
+    try:
+        output = model(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
+    finally:
+        handle.remove()
+    logits = getattr(output, "logits", output)
+    return len(seen) == 1 and seen[0].shape == logits.shape and bool(torch.equal(seen[0].float(), logits.float()))
