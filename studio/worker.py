@@ -294,7 +294,7 @@ def _explain(error: Exception, run: Run) -> Failed:
         return Failed(launcher.KILLED.format("A worker process"))
     if isinstance(error, LoRAError):
         return Failed(str(error), "data" if isinstance(error, _DataError) else "")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
+    if _is_of_memory(error):
         config = run.spec.train
         return Failed(
             f"Not enough memory for batch size {config.batch_size} × {config.max_length} tokens; "
@@ -332,6 +332,12 @@ def _prepare(spec: RunSpec) -> Callable[[Any], None]:
             model.activation_checkpointing_enable()
 
     return prepare
+
+
+def _is_of_memory(error: Exception) -> bool:
+    # Torch's allocator for the CPU has no type for it, and other words on Windows.
+    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in str(error) for part in words)
 
 
 def _is_of_full_disk(error: BaseException | None) -> bool:

@@ -272,6 +272,14 @@ def test_what_only_the_machine_can_cause_is_told_with_the_next_step(error, messa
     assert_one_sentence(run.log.end, message)
 
 
+def test_memory_that_this_machine_really_does_not_have_is_a_failure_for_memory(work, spec, monkeypatch):
+    """Torch's own error, in its own words, and not one that was written down here."""
+    monkeypatch.setattr(worker, "inject", lambda *args, **options: torch.empty(2**60, dtype=torch.uint8))
+    _, run = work(spec)
+    assert (run.status, run.log.end.cause) == ("failed", "memory")
+    assert run.log.end.predicted_bytes
+
+
 def test_a_failure_for_memory_says_what_it_was_to_take_and_what_each_remedy_would(work, spec, monkeypatch):
     def fail(*args, **options):
         raise MemoryError
