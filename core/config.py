@@ -258,6 +258,13 @@ class TrainConfig(Config):
         "each then takes a batch of its own.",
         advanced=True,
     )
+    shard_weights: bool = setting(
+        False,
+        "Split the weights",
+        "With several devices: each keeps a part of the frozen weights and asks for the rest layer by layer (FSDP2). "
+        "Slower; for models that do not fit one device.",
+        advanced=True,
+    )
     precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto",
         "Precision",

@@ -317,28 +317,35 @@ def _backward(model: nn.Module, losses_of: nn.Module, micro_batches: list[Batch]
     if not places:
         raise LoRAError(f"The batch of step {step} must hold at least one trained token; all its labels are -100.")
     device, total = next(model.parameters()).device, 0.0
+    suspect: tuple[Batch, Tensor, int] | None = None
     for place in places:
         own = _own(micro_batches[place], device, world)
         with world.apart(losses_of) if place != places[-1] else nullcontext():
             losses = losses_of(own)
             loss = losses.sum() / sum(counts)
             (loss * world.size).backward()  # of this, the mean over the processes is taken
-        total += loss.item()
-        if not math.isfinite(total):
-            raise _non_finite(model, own, losses, step, place, world)
-    return world.sum(total)
+        if math.isfinite(total):
+            total += loss.item()
+            suspect = own, losses.detach(), place
+    total = world.sum(total)
+    if suspect and not math.isfinite(total):
+        raise _non_finite(model, *suspect, step, world)
+    return total
 
 
 def _non_finite(
-    model: nn.Module, own: Batch, losses: Tensor, step: int, place: int, world: World
+    model: nn.Module, own: Batch, losses: Tensor, place: int, step: int, world: World
 ) -> NonFiniteLossError:
-    """Returns the error that says which rows and which layer are to blame."""
+    """Returns the error that says which rows and which layer are to blame; all processes look, and find the same."""
     trained = own["labels"][:, 1:] != IGNORED
-    rows = range(world.rank, world.size * len(trained), world.size)  # where those of `own` stand in the batch
-    blamed = {rows[i] for i in trained.nonzero()[:, 0][~torch.isfinite(losses)].tolist()}
+    stand = range(world.rank, world.size * len(trained), world.size)  # where those of `own` stand in the batch
+    blamed = {stand[i] for i in trained.nonzero()[:, 0][~torch.isfinite(losses)].tolist()}
     inputs = {key: value for key, value in own.items() if key != "labels"}
-    where = first_in_weights(model) or first_in_forward(model, inputs)
-    return NonFiniteLossError.of("loss", step, batch=place, rows=tuple(sorted(blamed)), where=where)
+    where = first_in_forward(model, inputs)  # in any case: where weights lie in parts, none can pass alone
+    found = world.gather((place, blamed, first_in_weights(model) or where))
+    place, _, where = min((of for of in found if of[1]), key=lambda of: of[0], default=found[0])
+    rows = sorted(set().union(*(rows for batch, rows, _ in found if batch == place)))
+    return NonFiniteLossError.of("loss", step, batch=place, rows=tuple(rows), where=where)
 
 
 @contextmanager

@@ -52,6 +52,8 @@ def for_memory(spec: RunSpec) -> Iterator[Remedy]:
         yield changed(f"Batch size {half}, accumulation {accumulation}", batch_size=half, accumulation=accumulation)
     if not train.activation_checkpointing:
         yield changed("Activation checkpointing (slower)", activation_checkpointing=True)
+    if "," in train.device and not train.shard_weights:
+        yield changed("Weights split among the devices (slower)", shard_weights=True)
     if train.max_length // 2 >= SHORTEST:
         yield changed(f"Rows of at most {train.max_length // 2} tokens", max_length=train.max_length // 2)
 

@@ -206,10 +206,14 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
         note(sentence)
     note("Loading the model")
     with world.first_alone():
-        model = models.load_model(spec.model, workspace, device=str(device), dtype=dtype, progress=note)
+        at_first = "cpu" if spec.train.shard_weights else str(device)  # it may be too large for the device
+        model = models.load_model(spec.model, workspace, device=at_first, dtype=dtype, progress=note)
     _prepare(spec)(model)
     injection = inject(model, spec.lora, seed=spec.train.seed)
     together = f", in {world.size} processes" if world.size > 1 else ""
+    if spec.train.shard_weights:
+        world.shard(model, device)
+        together += " that share the frozen weights out among them" if world.size > 1 else ""
     note(f"Training {injection.num_trainable:,} parameters in {len(injection.targets)} matrices{together}")
 
     pad = tokenizer.pad_token_id
@@ -311,8 +315,10 @@ def _predicted_bytes(run: Run) -> dict[str, int]:
     """Returns what the run was to take, part by part, and what it would with each remedy, by shapes alone."""
 
     def forecast(spec: RunSpec) -> MemoryForecast:
-        dtype = resolve_dtype(spec.train.precision, resolve_devices(spec.train.device)[0])
-        return forecast_memory(skeleton, spec.lora, spec.train, dtype, prepare=_prepare(spec))
+        devices = resolve_devices(spec.train.device)
+        dtype = resolve_dtype(spec.train.precision, devices[0])
+        prepare, num_devices = _prepare(spec), len(devices)
+        return forecast_memory(skeleton, spec.lora, spec.train, dtype, prepare=prepare, num_devices=num_devices)
 
     try:
         skeleton = models.skeleton(run.spec.model, Workspace(run.workspace_root))

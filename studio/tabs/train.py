@@ -22,7 +22,7 @@ from studio.runs import Run, Runs
 ACTIONS = ("resume", "pause", "stop", "kill", "earlier", "later", "further")
 """What can be done with a run, in the order of the buttons."""
 
-MOST_REMEDIES = 4
+MOST_REMEDIES = 5
 
 TERMS = {
     "weights": "the frozen weights",

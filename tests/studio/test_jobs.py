@@ -30,7 +30,7 @@ from core import (
 )
 from studio import data, jobs, models, worker
 from studio.event_log import EventWriter
-from studio.remedies import remedies
+from studio.remedies import for_memory, remedies
 from studio.runs import Run, Runs
 from studio.specs import RunSpec
 
@@ -293,6 +293,14 @@ def test_a_failure_for_memory_says_what_it_was_to_take_and_what_each_remedy_woul
     assert len(sizes) == 5 + 3 and all(0 < size < sum(terms.values()) for size in sizes.values())
     half = sizes["Batch size 2, accumulation 2"] - sum(terms.values()) + terms["activations"]
     assert half == pytest.approx(terms["activations"] / 2, rel=0.1)
+
+
+def test_on_several_devices_the_weights_may_be_split(spec):
+    train = dataclasses.replace(spec.train, device="cpu,cpu")
+    changes = [remedy.spec.train.shard_weights for remedy in for_memory(dataclasses.replace(spec, train=train))]
+    assert changes.count(True) == 1
+    train = dataclasses.replace(train, shard_weights=True)
+    assert all(remedy.spec.train.shard_weights for remedy in for_memory(dataclasses.replace(spec, train=train)))
 
 
 def test_a_remedy_of_memory_trains_on_from_the_last_checkpoint(work, spec, monkeypatch, workspace):
