@@ -228,6 +228,7 @@ def _print_runs(listed: "list[Run]", *, as_json: bool) -> int:
     rows = []
     for run in listed:
         try:
+            run.note_killed()
             log, status = run.log, run.status
             step = log.steps[-1].step if log.steps else 0
             loss = log.evaluations[-1].loss if log.evaluations else None

@@ -157,6 +157,8 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
     run = next((run for run in listed if run.id == asked["run"]), None)
     going = next((run for run in listed if run.is_running()), None)
     parts = {"head-line": head_line(going)}
+    if run is not None and asked["train"]:
+        run.note_killed()
     if asked["train"]:
         parts |= train.view(run)
     turn = [runs.choices(studio, listed), run.stop_asked if run else ""]

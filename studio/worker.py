@@ -48,7 +48,7 @@ from studio import data, launcher, models
 from studio.checkpoints import best, share_adapter
 from studio.event_log import EventWriter
 from studio.remedies import for_memory
-from studio.runs import Run
+from studio.runs import KILLED, Run
 from studio.specs import RunSpec
 from studio.workspace import Workspace
 
@@ -137,7 +137,8 @@ def _run(run: Run, world: World, launcher: int | None) -> int:
         if world.is_first:
             reserve.write_bytes(bytes(RESERVE_BYTES))
             run.log.read()
-            if run.log.num_events and run.log.end is None:
+            end = run.log.end
+            if run.log.num_events and (end is None or (isinstance(end, Failed) and end.cause == "killed")):
                 reached = run.log.steps[-1].step if run.log.steps else 0
                 told.append(f"The worker before was killed, or the machine went down, after step {reached}")
             run.checkpoints.tidy()
@@ -295,7 +296,7 @@ def _explain(error: Exception, run: Run) -> Failed:
             "disk",
         )
     if is_lost(error):
-        return Failed(launcher.KILLED.format("A worker process"))
+        return Failed(KILLED.format("A worker process"), "killed")
     if isinstance(error, LoRAError):
         return Failed(str(error), "data" if isinstance(error, _DataError) else "")
     if _is_of_memory(error):

@@ -208,10 +208,11 @@ def _state_words(run: Run, status: str) -> tuple[list[str], str]:
         return ([] if log.steps else [f"{last} …"]), ""
     if status == "queued":
         return ["It waits in the queue, and starts as soon as its device is free, page or no page."], ""
-    if isinstance(end, Failed):
+    if isinstance(end, Failed) and status != "interrupted":
         return [end.message, *_memory_words(end)], "error"
     if status == "interrupted" or reason == "killed":
         how = "The worker ended without a word (killed, or the machine went down)."
+        how = end.message.removesuffix(" The run can be resumed.") if isinstance(end, Failed) else how
         how = "It was killed: all of its processes are gone, and their memory is free." if reason else how
         steps = run.checkpoints.steps()
         where = f"Resume goes on from step {steps[-1]}." if steps else "Resume starts it from the beginning."

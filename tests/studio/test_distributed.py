@@ -184,8 +184,11 @@ def kill_one(run: Run, place: int) -> None:
     processes = processes_of(run)
     os.kill(processes[1 + place], signal.SIGKILL)
     assert wait_until(lambda: not run.is_running(), run) < 10
-    assert run.status == "failed"
-    assert isinstance(run.log.end, Failed) and "was killed" in run.log.end.message
+    assert run.status == "interrupted"
+    assert isinstance(run.log.end, Failed) and run.log.end.cause == "killed"
+    assert run.log.end.message.startswith(
+        (f"Worker process {place + 1} of 2 was killed", "A worker process was killed")
+    )
     assert kinds(run).count("Failed") == 1
     reap()
     assert not any(map(is_there, processes)) and not run.stop_asked
@@ -210,6 +213,8 @@ def test_a_run_whose_first_process_was_killed_goes_on_and_ends_with_its_launcher
     reap()
     assert wait_until(lambda: not any(map(is_there, workers)), run) < 10
     assert (run.status, run.log.end) == ("interrupted", None)
+    run.note_killed()
+    assert (run.status, run.log.end.cause) == ("interrupted", "killed")
 
 
 @pytest.mark.slow

@@ -311,6 +311,11 @@ KILLED = "The worker ended without a word (killed, or the machine went down)."
         ([], "interrupted", f"{KILLED} Resume starts it from the beginning."),
         ([STARTED, step(1)], "interrupted", f"{KILLED} Resume starts it from the beginning."),
         (
+            [STARTED, step(1), Failed("Worker process 2 of 2 was killed. The run can be resumed.", "killed")],
+            "interrupted",
+            "Worker process 2 of 2 was killed. Resume starts it from the beginning.",
+        ),
+        (
             [STARTED, step(1), Finished(1, "paused", 0)],
             "paused",
             "Everything is saved and its memory is free. Resume goes on after step 1.",
