@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,10 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
 
     pad = tokenizer.pad_token_id
     num_rows = spec.train.batch_size * world.size
+    if start and spec.continues:  # of a run that may have trained more matrices
+        start, left_out = start.only(model)
+        if left_out:
+            note(f"The checkpoint also has {len(left_out)} tensors that this run does not train; they are left out")
     batches = data.Batches(prepared.train, num_rows, seed=spec.train.seed, pad_token_id=pad)
     evaluation = list(data.eval_batches(prepared.evaluation, num_rows, pad)) or None
     rest = batches.after(start.num_rows if start else 0)
@@ -324,7 +328,12 @@ def _predicted_bytes(run: Run) -> dict[str, int]:
     try:
         skeleton = models.skeleton(run.spec.model, Workspace(run.workspace_root))
         terms = forecast(run.spec).terms
-        return terms | {remedy.label: forecast(remedy.spec).total for remedy in for_memory(run.spec)}
+        predicted = dict(terms)
+        for remedy in for_memory(run.spec):
+            with suppress(LoRAError):  # the model has no such matrices
+                if (total := forecast(remedy.spec).total) < sum(terms.values()):
+                    predicted[remedy.label] = total
+        return predicted
     except Exception:  # of a model that cannot be run on shapes: the failure itself must still be told
         log.exception("What it would have taken could not be predicted.")
         return {}

@@ -428,6 +428,7 @@ def test_what_may_help_a_run_that_failed_is_a_button_each(write_run):
         "Batch size 2, accumulation 2, and go on",
         "Activation checkpointing (slower), and go on",
         "Rows of at most 128 tokens, and go on",
+        "Query and value alone, and go on",
     ]
     assert len(train_tab.controls(run)) == len(train_tab.controls(None))
 
