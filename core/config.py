@@ -201,6 +201,14 @@ class TrainConfig(Config):
         minimum=0,
         advanced=True,
     )
+    explosion_norm: float = setting(
+        1e6,
+        "Give up at gradient norm",
+        "A gradient longer than this, before clipping, has exploded, and ends the run: clipping would only hide it. "
+        "0: none is too long.",
+        minimum=0,
+        advanced=True,
+    )
     max_length: int = setting(
         256,
         "Longest row (tokens)",

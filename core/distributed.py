@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Self, TypeVar
+from typing import Self, TypeVar, cast
 
 import torch
 from torch import distributed as dist
@@ -104,7 +104,7 @@ class World:
             module.to(device)
             return
         # A group apart: which gradients are averaged when depends on the rows, what is asked for when does not.
-        mesh = DeviceMesh.from_group(dist.new_group(timeout=_PATIENCE), device.type)
+        mesh = DeviceMesh.from_group(cast(dist.ProcessGroup, dist.new_group(timeout=_PATIENCE)), device.type)
         for part in (*blocks(module), module):
             fully_shard(part, mesh=mesh, ignored_params=whole)
 

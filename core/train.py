@@ -15,9 +15,9 @@ from core.checkpoint import Checkpoint
 from core.config import TrainConfig
 from core.devices import memory_bytes, memory_source, peak_memory_bytes
 from core.distributed import World
-from core.errors import LoRAError, NonFiniteLossError
+from core.errors import ExplodedGradientError, LoRAError, NonFiniteLossError
 from core.events import Evaluated, Event, Finished, Started, Step
-from core.nonfinite import first_in_forward, first_in_gradients, first_in_weights
+from core.nonfinite import first_in_forward, first_in_gradients, first_in_weights, longest_in_gradients
 from core.targets import count_parameters, lora_layers
 
 IGNORED = -100
@@ -177,6 +177,7 @@ def train(
         LoRAError: The model is not adapted or is merged, the batches run out, or one holds no trained token.
         CheckpointError: `start` does not fit the model.
         NonFiniteLossError: The loss became NaN or infinite.
+        ExplodedGradientError: The gradient became longer than `explosion_norm`.
     """
     return Training(model, batches, config, eval_batches, start, world)
 
@@ -230,6 +231,12 @@ def _step(
     grad_norm = total_norm.item()
     if not math.isfinite(grad_norm):
         raise NonFiniteLossError.of("gradient", step, where=first_in_gradients(model))
+    if 0 < config.explosion_norm < grad_norm:
+        raise ExplodedGradientError(
+            f"The gradient of step {step} has exploded: its length is {grad_norm:.3g}, and `explosion_norm` "
+            f"(={config.explosion_norm:g}) is the most; it is longest in {longest_in_gradients(model)}. "
+            "Try a smaller learning rate, or a longer warm-up."
+        )
     nn.utils.clip_grads_with_norm_(parameters, config.clip_norm or math.inf, total_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -187,12 +187,14 @@ class Run:
 
     def note_killed(self) -> None:
         """Writes into the log of a worker that is gone without a word that it was killed; else does nothing."""
-        self.log.read()
-        if not self.log.num_events or self.log.end is not None or self.is_running():
-            return
-        with suppress(LoRAError, OSError), self.locked():  # it goes on again, or the disk is full: another time
+        with suppress(LoRAError, OSError):  # it is damaged, which others say; it goes on again, or the disk is full
             self.log.read()
-            if self.log.end is None:
+            if not self.log.num_events or self.log.end is not None or self.is_running():
+                return
+            with self.locked():
+                self.log.read()
+                if self.log.end is not None:
+                    return
                 self.tell(Failed(KILLED.format("The worker"), "killed"))
 
     def continued(self, spec: RunSpec) -> RunSpec:

@@ -26,6 +26,7 @@ from core import (
     Checkpoint,
     Evaluated,
     Event,
+    ExplodedGradientError,
     Failed,
     Finished,
     LoRAError,
@@ -291,6 +292,8 @@ class _DataError(LoRAError):
 
 def _explain(error: Exception, run: Run) -> Failed:
     """Returns what a person should read about `error`: the cause and the next step."""
+    if isinstance(error, ExplodedGradientError):
+        return Failed(str(error), "gradient")
     if isinstance(error, NonFiniteLossError):
         return Failed(str(error), error.what)
     if _is_of_full_disk(error):

@@ -406,6 +406,14 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_the_data_and_offers_a_small
     assert [remedy.label for remedy in remedies(run)] == ["Learning rate 0.0033"]
 
 
+def test_a_gradient_that_exploded_is_a_failure_with_its_cause_and_offers_a_smaller_rate(work, spec):
+    train = dataclasses.replace(spec.train, explosion_norm=1e-3)
+    _, run = work(dataclasses.replace(spec, train=train))
+    assert (run.status, run.log.end.cause) == ("failed", "gradient")
+    assert run.log.end.message.startswith("The gradient of step 1 has exploded: its length is ")
+    assert [remedy.label for remedy in remedies(run)] == ["Learning rate 0.0033"]
+
+
 def test_a_worker_refuses_a_run_that_another_holds(spec, workspace, hold):
     run = Runs(workspace).create(spec)
     hold(run)
