@@ -8,6 +8,8 @@ from core.checkpoint import Checkpoint
 from core.config import ALL_LINEAR, LoRAConfig, TrainConfig
 from core.declarations import Config, Setting, read_json, setting, settings
 from core.devices import (
+    Gpu,
+    gpus,
     memory_bytes,
     memory_source,
     peak_memory_bytes,
@@ -16,7 +18,16 @@ from core.devices import (
     resolve_dtype,
 )
 from core.distributed import World, is_lost
-from core.errors import AdapterFileError, CheckpointError, LoRAError, NonFiniteLossError, TargetError, cut, quoted
+from core.errors import (
+    AdapterFileError,
+    CheckpointError,
+    ExplodedGradientError,
+    LoRAError,
+    NonFiniteLossError,
+    TargetError,
+    cut,
+    quoted,
+)
 from core.events import (
     Checkpointed,
     Evaluated,

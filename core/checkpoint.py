@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -52,6 +52,16 @@ class Checkpoint:
         tensors |= _starts(model)
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         return cls(step, num_rows, tuple(evaluations), copies)
+
+    def only(self, model: nn.Module) -> tuple[Self, list[str]]:
+        """Returns what it holds of the tensors that `model` trains, and the names of the others.
+
+        So training can go on with fewer matrices; what the others had learned is lost to it.
+        """
+        own = {*_trained(model), *_starts(model)}
+        others = [name for name in self.tensors if "/" not in name and name not in own]
+        kept = {name: tensor for name, tensor in self.tensors.items() if name.partition("/")[0] not in others}
+        return replace(self, tensors=kept), others
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Puts everything back into a model that was adapted by the same settings, and into its fresh optimizer.

@@ -201,6 +201,14 @@ class TrainConfig(Config):
         minimum=0,
         advanced=True,
     )
+    explosion_norm: float = setting(
+        1e6,
+        "Give up at gradient norm",
+        "A gradient longer than this, before clipping, has exploded, and ends the run: clipping would only hide it. "
+        "0: none is too long.",
+        minimum=0,
+        advanced=True,
+    )
     max_length: int = setting(
         256,
         "Longest row (tokens)",
@@ -256,6 +264,13 @@ class TrainConfig(Config):
         "Device",
         "auto takes CUDA, then Apple's MPS, then the CPU. Or say cpu, cuda, cuda:1, mps; or several, as cuda:0,cuda:1: "
         "each then takes a batch of its own.",
+        advanced=True,
+    )
+    shard_weights: bool = setting(
+        False,
+        "Split the weights",
+        "With several devices: each keeps a part of the frozen weights and asks for the rest layer by layer (FSDP2). "
+        "Slower; for models that do not fit one device.",
         advanced=True,
     )
     precision: Literal["auto", "fp32", "bf16"] = setting(

@@ -1,6 +1,7 @@
 """Which device, which precision, and how much memory is in use there."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,6 +40,28 @@ def resolve_devices(names: str) -> tuple[torch.device, ...]:
         if not is_cpu and not (are_gpus and len(set(devices)) == len(devices)):
             raise LoRAError(f"`device` (={names!r}) must name different GPUs, as in cuda:0,cuda:1; or cpu,cpu.")
     return devices
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU of this machine, and what of its memory nobody has taken.
+
+    Attributes:
+        device: Its name as a setting: cuda:0.
+        title: What its maker calls it.
+        free_bytes, total_bytes: Of its memory, by all processes.
+    """
+
+    device: str
+    title: str
+    free_bytes: int
+    total_bytes: int
+
+
+def gpus() -> list[Gpu]:
+    """Returns the CUDA devices that this process may use, and how much of each is free now."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [Gpu(f"cuda:{i}", torch.cuda.get_device_name(i), *torch.cuda.mem_get_info(i)) for i in range(count)]
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:

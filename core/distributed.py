@@ -1,19 +1,22 @@
 """Several processes that train one model together, started by torchrun, each on a device of its own: torch's DDP.
 
 All go through the same batches, and each takes its own rows of every batch, so that N processes take the steps that
-one would with batches of all their rows. What they ask each other besides goes from CPU to CPU, by gloo.
+one would with batches of all their rows. Where the frozen weights do not fit one device, FSDP2 leaves each a part of
+them. What the processes ask each other besides goes from CPU to CPU, by gloo.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Self, TypeVar
+from typing import Self, TypeVar, cast
 
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import Store
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -83,6 +86,36 @@ class World:
         # The rows of a process may not reach every layer.
         return DistributedDataParallel(module, find_unused_parameters=True)
 
+    def shard(self, module: nn.Module, device: torch.device) -> None:
+        """Moves an adapted model to `device` so that of each frozen weight every process keeps only a part there.
+
+        Block by block they ask each other for the rest when it is used, and forget it again: torch's FSDP2. What is
+        trained stays whole in each, so that `wrap`, checkpoints and adapters are what they are without this. Never is
+        more than one block moved at a time, so the model may come from the CPU's memory and be too large for `device`.
+
+        Args:
+            module: An adapted model.
+            device: That of this process.
+        """
+        whole = {p for p in module.parameters() if p.requires_grad or not p.is_floating_point()}
+        for parameter in whole:
+            parameter.data = parameter.data.to(device)
+        if self.size == 1:
+            module.to(device)
+            return
+        # A group apart: which gradients are averaged when depends on the rows, what is asked for when does not.
+        mesh = DeviceMesh.from_group(cast(dist.ProcessGroup, dist.new_group(timeout=_PATIENCE)), device.type)
+        for part in (*blocks(module), module):
+            fully_shard(part, mesh=mesh, ignored_params=whole)
+
+    def gather(self, value: T) -> list[T]:
+        """Returns what each gives, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        said: list[T | None] = [None] * self.size
+        dist.all_gather_object(said, value)
+        return said  # type: ignore[return-value]
+
     def apart(self, module: nn.Module) -> AbstractContextManager[object]:
         """Keeps gradients from being averaged in a pass through what `wrap` gave; the next pass averages them, too."""
         return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
@@ -141,6 +174,12 @@ class World:
                 "start fewer, or say auto."
             )
         return devices[place]
+
+
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields the parts of a model that are passed one after another: the members of its outermost lists."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else blocks(child)
 
 
 def is_lost(error: BaseException) -> bool:

@@ -59,6 +59,10 @@ class NonFiniteLossError(LoRAError):
         return error
 
 
+class ExplodedGradientError(LoRAError):
+    """The gradient of a step, which was not taken, is finite and far too long."""
+
+
 class CheckpointError(LoRAError):
     """A checkpoint is missing, damaged, does not fit the model, or could not be written."""
 

@@ -128,7 +128,8 @@ class Failed:
 
     Attributes:
         message: What a person should read: cause and next step.
-        cause: "memory", "disk", "data", "loss" or "gradient" (not finite), or "" for anything else.
+        cause: "memory", "disk", "data", "loss" (not finite), "gradient" (not finite, or exploded), "killed" (written by
+            who finds it so), or "" for anything else.
         predicted_bytes: Where it is memory: what each part of it was to take, "weights" and so on, the largest first;
             and after them, by the words of its remedy, what all would take with that.
     """

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from core.config import LoRAConfig, TrainConfig
+from core.distributed import blocks
 from core.inject import inject
 
 
@@ -54,6 +55,7 @@ def forecast_memory(
     dtype: torch.dtype,
     *,
     prepare: Callable[[Any], object] = lambda model: None,
+    num_devices: int = 1,
 ) -> MemoryForecast:
     """Returns what a step of `train.batch_size` rows of `train.max_length` tokens will take, every token trained.
 
@@ -66,6 +68,7 @@ def forecast_memory(
         train: Of it, the shape of a batch.
         dtype: Of the frozen weights.
         prepare: What else is to be done to the model before it is trained, such as activation checkpointing.
+        num_devices: How many devices train together; of each is what the forecast tells.
     """
     model = copy.deepcopy(model).to(dtype)
     prepare(model)
@@ -86,12 +89,24 @@ def forecast_memory(
             del logits
     adapter = sum(_bytes(p) for p in trained)
     return MemoryForecast(
-        weights=sum(_bytes(p) for p in frozen.values()),
+        weights=_weights_bytes(model, frozen, num_devices if train.shard_weights else 1),
         adapter=adapter,
         gradients=adapter,
         moments=2 * adapter,
         activations=max(0, live.peak_bytes - live.bytes),  # at the end only the gradients are left
     )
+
+
+def _weights_bytes(model: nn.Module, frozen: dict[int, Tensor], num_parts: int) -> int:
+    """Returns what a device holds of the frozen weights: of split ones its part, and what it has asked for.
+
+    That is what lies outside of the blocks, and two blocks: the one at work, and the next on its way.
+    """
+    whole = sum(_bytes(p) for p in frozen.values())
+    if num_parts == 1:
+        return whole
+    sizes = sorted(sum(_bytes(p) for p in block.parameters() if id(p) in frozen) for block in blocks(model))
+    return min(whole, -(-whole // num_parts) + whole - sum(sizes) + sum(sizes[-2:]))
 
 
 class _Live(TorchDispatchMode):

@@ -20,6 +20,12 @@ def first_in_gradients(model: nn.Module) -> str:
     return next((name for name, g in gradients if g is not None and not torch.isfinite(g).all()), "")
 
 
+def longest_in_gradients(model: nn.Module) -> str:
+    """Returns the name of the parameter with the longest gradient, or ""."""
+    lengths = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    return max(lengths, key=lengths.__getitem__, default="")
+
+
 @torch.no_grad()
 def first_in_forward(model: nn.Module, inputs: Mapping[str, Tensor]) -> str:
     """Returns the path of the first module to give NaN or infinity for `inputs`, the innermost one, or ""."""

@@ -14,10 +14,10 @@ from core.checkpoint import Checkpoint
 from core.config import TrainConfig
 from core.devices import memory_bytes, memory_source, peak_memory_bytes
 from core.distributed import World
-from core.errors import LoRAError, NonFiniteLossError
+from core.errors import ExplodedGradientError, LoRAError, NonFiniteLossError
 from core.events import Evaluated, Event, Finished, Started, Step
 from core.losses import IGNORED, Batch, Losses
-from core.nonfinite import first_in_forward, first_in_gradients, first_in_weights
+from core.nonfinite import first_in_forward, first_in_gradients, first_in_weights, longest_in_gradients
 from core.targets import count_parameters, lora_layers
 
 _ALONE = World()
@@ -175,6 +175,7 @@ def train(
         LoRAError: The model is not adapted or is merged, the batches run out, or one holds no trained token.
         CheckpointError: `start` does not fit the model.
         NonFiniteLossError: The loss became NaN or infinite.
+        ExplodedGradientError: The gradient became longer than `explosion_norm`.
     """
     return Training(model, batches, config, eval_batches, start, world)
 
@@ -217,6 +218,12 @@ def _step(
     grad_norm = total_norm.item()
     if not math.isfinite(grad_norm):
         raise NonFiniteLossError.of("gradient", step, where=first_in_gradients(model))
+    if 0 < config.explosion_norm < grad_norm:
+        raise ExplodedGradientError(
+            f"The gradient of step {step} has exploded: its length is {grad_norm:.3g}, and `explosion_norm` "
+            f"(={config.explosion_norm:g}) is the most; it is longest in {longest_in_gradients(model)}. "
+            "Try a smaller learning rate, or a longer warm-up."
+        )
     nn.utils.clip_grads_with_norm_(parameters, config.clip_norm or math.inf, total_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -294,29 +301,36 @@ def _backward(model: nn.Module, losses_of: nn.Module, micro_batches: list[Batch]
     if not places:
         raise LoRAError(f"The batch of step {step} must hold at least one trained token; all its labels are -100.")
     total = 0.0
+    suspect: tuple[Batch, Tensor, int] | None = None
     for place in places:
         own = _own(micro_batches[place], world)
         with world.apart(losses_of) if place != places[-1] else nullcontext():
             losses = losses_of(own)
             loss = losses.sum() / sum(counts)
             (loss * world.size).backward()  # of this, the mean over the processes is taken
-        total += loss.item()
-        if not math.isfinite(total):
-            raise _non_finite(model, own, losses, step, place, world)
-    return world.sum(total)
+        if math.isfinite(total):
+            total += loss.item()
+            suspect = own, losses.detach(), place
+    total = world.sum(total)
+    if suspect and not math.isfinite(total):
+        raise _non_finite(model, *suspect, step, world)
+    return total
 
 
 def _non_finite(
-    model: nn.Module, own: Batch, losses: Tensor, step: int, place: int, world: World
+    model: nn.Module, own: Batch, losses: Tensor, place: int, step: int, world: World
 ) -> NonFiniteLossError:
-    """Returns the error that says which rows and which layer are to blame."""
+    """Returns the error that says which rows and which layer are to blame; all processes look, and find the same."""
     trained = own["labels"][:, 1:] != IGNORED
-    rows = range(world.rank, world.size * len(trained), world.size)  # where those of `own` stand in the batch
-    blamed = {rows[i] for i in trained.nonzero()[:, 0][~torch.isfinite(losses).cpu()].tolist()}
+    stand = range(world.rank, world.size * len(trained), world.size)  # where those of `own` stand in the batch
+    blamed = {stand[i] for i in trained.nonzero()[:, 0][~torch.isfinite(losses).cpu()].tolist()}
     device = next(model.parameters()).device
     inputs = {key: value.to(device) for key, value in own.items() if key != "labels"}
-    where = first_in_weights(model) or first_in_forward(model, inputs)
-    return NonFiniteLossError.of("loss", step, batch=place, rows=tuple(sorted(blamed)), where=where)
+    where = first_in_forward(model, inputs)  # in any case: where weights lie in parts, none can pass alone
+    found = world.gather((place, blamed, first_in_weights(model) or where))
+    place, _, where = min((of for of in found if of[1]), key=lambda of: of[0], default=found[0])
+    rows = sorted(set().union(*(rows for batch, rows, _ in found if batch == place)))
+    return NonFiniteLossError.of("loss", step, batch=place, rows=tuple(rows), where=where)
 
 
 def _own(batch: Batch, world: World) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The `lora-studio` command: serve, train, demo, and what can be done with runs."""
 
 import argparse
+import dataclasses
 import ipaddress
 import json
 import os
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core import LoRAConfig, LoRAError, TrainConfig, settings
+from core import Failed, LoRAConfig, LoRAError, TrainConfig, gpus, resolve_device, settings
 from studio.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--json", action="store_true", help="print every event as one line of JSON")
     _add_spec(train)
     commands_for_runs(command)
+    devices = command("devices", _devices, "List the GPUs of this machine, and how much memory is free on each.")
+    devices.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
     demo = command("demo", _demo, "Train the starter model on a starter data set and show what changed.")
     demo.add_argument("--steps", type=int, default=40, help="optimizer steps (default: %(default)s)")
     demo.add_argument(
@@ -122,6 +125,9 @@ def commands_for_runs(command: Callable[..., argparse.ArgumentParser]) -> None:
     stop.add_argument("--now", action="store_true", help="kill it; what came after its last checkpoint is lost")
     resume = add("resume", _resume, "Go on from the last checkpoint, as if nothing had happened, and follow it.")
     resume.add_argument("--further", type=int, metavar="N", help="train N steps more than were asked for, as a new run")
+    resume.add_argument(
+        "--remedy", type=int, metavar="N", help="with the Nth change that `runs` offers a failed run, as a new run"
+    )
     queue = add("queue", _queue, "List the runs that wait, or with SPEC add to them; a sweep adds many.", of_run=False)
     queue.add_argument("--move", nargs=2, metavar=("RUN", "BY"), help="move a run BY places down, or up if negative")
     queue.add_argument("--cancel", metavar="RUN", help="take a run out of the queue")
@@ -225,14 +231,20 @@ def _find(runs: "Runs", beginning: str) -> "Run":
 
 
 def _print_runs(listed: "list[Run]", *, as_json: bool) -> int:
+    from studio.remedies import remedies
+
     rows = []
     for run in listed:
         try:
+            run.note_killed()
             log, status = run.log, run.status
             step = log.steps[-1].step if log.steps else 0
             loss = log.evaluations[-1].loss if log.evaluations else None
             row = {"id": run.id, "name": run.spec.name, "status": status, "step": step, "steps": run.spec.train.steps}
-            rows.append({**row, "held_out_loss": loss, "adapter": str(run.adapter_folder) if run.has_adapter else None})
+            row |= {"held_out_loss": loss, "adapter": str(run.adapter_folder) if run.has_adapter else None}
+            if isinstance(log.end, Failed):
+                row["failed"] = dataclasses.asdict(log.end) | {"remedies": [r.label for r in remedies(run)]}
+            rows.append(row)
         except LoRAError as error:
             rows.append({"id": run.id, "name": "", "status": "damaged", "problem": str(error)})
     if as_json:
@@ -241,6 +253,9 @@ def _print_runs(listed: "list[Run]", *, as_json: bool) -> int:
     for row in rows:
         done = f"{row['step']} of {row['steps']}" if "step" in row else row["problem"]
         print(f"{row['id']:<45}  {row['status']:<11}  {done:<14}  {row['name']}")
+        for number, label in enumerate(row.get("failed", {}).get("remedies", []), 1):
+            size = row["failed"]["predicted_bytes"].get(label)
+            print(f"    --remedy {number}: {label}" + (f", about {size / 1e9:.2f} GB" if size else ""))
     return 0
 
 
@@ -271,11 +286,20 @@ def _end(args: argparse.Namespace, workspace: Workspace) -> int:
 
 def _resume(args: argparse.Namespace, workspace: Workspace) -> int:
     from studio import jobs
+    from studio.remedies import remedies
     from studio.runs import Runs
 
     runs = Runs(workspace)
     run = _find(runs, args.run_id)
-    if args.further is not None:
+    if args.remedy is not None:
+        offered = remedies(run)
+        if args.further is not None or not 1 <= args.remedy <= len(offered):
+            raise LoRAError(
+                f"`--remedy` (={args.remedy}) must be, without --further, one of the {len(offered)} that "
+                f"`lora-studio runs` offers run {run.id}."
+            )
+        run = jobs.start(runs, offered[args.remedy - 1].spec)
+    elif args.further is not None:
         run = jobs.further(runs, run, args.further)
     else:
         jobs.resume(runs, run)
@@ -300,6 +324,19 @@ def _queue(args: argparse.Namespace, workspace: Workspace) -> int:
     if args.cancel:
         jobs.cancel(runs, _find(runs, args.cancel))
     return _print_runs(runs.queued(), as_json=args.json)
+
+
+def _devices(args: argparse.Namespace, workspace: Workspace) -> int:
+    found = gpus()
+    if args.json:
+        print(json.dumps([dataclasses.asdict(gpu) for gpu in found], indent=2))
+        return 0
+    for gpu in found:
+        free, total = gpu.free_bytes / 1e9, gpu.total_bytes / 1e9
+        print(f"{gpu.device:<8}  {free:>6.1f} of {total:.1f} GB free  {gpu.title}")
+    if not found:
+        print(f"No GPU that torch can use; training runs on: {resolve_device('auto')}")
+    return 0
 
 
 def _demo(args: argparse.Namespace, workspace: Workspace) -> int:

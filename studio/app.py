@@ -44,7 +44,7 @@ def build(studio: Studio) -> gr.Blocks:
                 model_tab = model.build(studio, page)
             with gr.Tab("Data", id="data"):
                 data_tab = data.build(studio, page, model_tab.model)
-            with gr.Tab("Train", id="train"):
+            with gr.Tab("Train", id="train") as train_page:
                 train_tab = train.build()
             with gr.Tab("Spectrum", id="spectrum") as spectrum_tab:
                 spectrum.build(studio, run_id, spectrum_tab.select)
@@ -52,7 +52,7 @@ def build(studio: Studio) -> gr.Blocks:
                 chat.build(studio, run_id, chat_tab.select)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs.build(studio, run_id, runs_tab.select, tabs)
-        _wire(studio, page, head, run_id, model_tab, data_tab, train_tab)
+        _wire(studio, page, head, run_id, model_tab, data_tab, train_tab, train_page)
     return page
 
 
@@ -64,6 +64,7 @@ def _wire(
     model_tab: model.ModelTab,
     data_tab: data.DataTab,
     train_tab: train.TrainTab,
+    train_page: Any,
 ) -> None:
     num_model, num_data = len(model_tab.inputs), len(data_tab.inputs)
 
@@ -123,6 +124,7 @@ def _wire(
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     page.load(studio.guard(opened), None, run_id, **quiet)
+    gr.on([page.load, train_page.select], studio.guard(train.gpu_choices), None, train_tab.gpus, **quiet)
     run_id.change(studio.guard(show), run_id, [head, *train_tab.controls], queue=False, **quiet)
     changed = [run_id, *train_tab.controls]
     head.turned(studio.guard(turned), run_id, changed, queue=False, **quiet)
@@ -157,6 +159,8 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
     run = next((run for run in listed if run.id == asked["run"]), None)
     going = next((run for run in listed if run.is_running()), None)
     parts = {"head-line": head_line(going)}
+    if run is not None and asked["train"]:
+        run.note_killed()
     if asked["train"]:
         parts |= train.view(run)
     turn = [runs.choices(studio, listed), run.stop_asked if run else ""]

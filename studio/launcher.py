@@ -11,14 +11,9 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from core import Failed, LoRAError, resolve_devices
-from studio.runs import Run
+from studio.runs import KILLED, Run
 
 log = logging.getLogger("studio.launcher")
-
-KILLED = (
-    "{} was killed, or is out of reach, and so all have ended; the system may have done it for want of memory. "
-    "Resume goes on from the last checkpoint."
-)
 
 is_launched = is_torchelastic_launched
 
@@ -41,17 +36,17 @@ def launch(run: Run, num_processes: int) -> int:
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     os.environ |= {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     worker = ["-m", "studio.worker", str(run.folder), "--launcher", str(os.getpid())]
-    failure, told = None, f"The run ended without a word; see {run.worker_log}."
+    failure, told = None, Failed(f"The run ended without a word; see {run.worker_log}.")
     try:
         torchrun.run(torchrun.parse_args(["--standalone", "--nproc-per-node", str(num_processes), *worker]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         log.error("Worker process %d ended first, with exit code %d.", rank + 1, failure.exitcode)
         if failure.exitcode == -signal.SIGKILL:
-            told = KILLED.format(f"Worker process {rank + 1} of {num_processes}")
+            told = Failed(KILLED.format(f"Worker process {rank + 1} of {num_processes}"), "killed")
     except SignalException as error:
         log.error("%s", error)
     run.log.read()
     if run.log.end is None or run.log.last_time < began:
-        run.tell(Failed(told))
+        run.tell(told)
     return int(failure is not None)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 _QUERY = {"q_proj", "query", "q", "q_lin", "query_proj"}
 _VALUE = {"v_proj", "value", "v", "v_lin", "value_proj"}
 
+QUERY_AND_VALUE = rf"(?:.*\.)?(?:{'|'.join(sorted(_QUERY | _VALUE))})"
+"""The query and value of any model as a pattern for `target_modules`."""
+
 
 def layer_and_matrix(path: str) -> tuple[int, str]:
     """Returns where a module stands: its layer, and the name of its matrix inside the layer.

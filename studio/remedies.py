@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from core import Failed
+from studio.matrices import QUERY_AND_VALUE
 from studio.runs import Run
 from studio.specs import RunSpec
 
@@ -29,14 +30,17 @@ class Remedy:
 
 def remedies(run: Run) -> list[Remedy]:
     """Returns what may help, the mildest first; nothing for a run that did not fail or only needs to be resumed."""
+    run.log.read()
     end = run.log.end
     made = {"memory": for_memory, "loss": for_numbers, "gradient": for_numbers}
     if not isinstance(end, Failed) or end.cause not in made:
         return []
-    return [
+    found = [
         replace(remedy, spec=run.continued(remedy.spec), predicted_bytes=end.predicted_bytes.get(remedy.label))
         for remedy in made[end.cause](run.spec)
     ]
+    # What could be predicted of others and not of this one cannot be done, or is of no help.
+    return [remedy for remedy in found if not end.predicted_bytes or remedy.predicted_bytes]
 
 
 def for_memory(spec: RunSpec) -> Iterator[Remedy]:
@@ -52,8 +56,13 @@ def for_memory(spec: RunSpec) -> Iterator[Remedy]:
         yield changed(f"Batch size {half}, accumulation {accumulation}", batch_size=half, accumulation=accumulation)
     if not train.activation_checkpointing:
         yield changed("Activation checkpointing (slower)", activation_checkpointing=True)
+    if "," in train.device and not train.shard_weights:
+        yield changed("Weights split among the devices (slower)", shard_weights=True)
     if train.max_length // 2 >= SHORTEST:
         yield changed(f"Rows of at most {train.max_length // 2} tokens", max_length=train.max_length // 2)
+    if spec.lora.target_modules != QUERY_AND_VALUE:
+        fewer = replace(spec.lora, target_modules=QUERY_AND_VALUE)
+        yield Remedy("Query and value alone", replace(spec, lora=fewer))
 
 
 def for_numbers(spec: RunSpec) -> Iterator[Remedy]:

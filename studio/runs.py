@@ -18,7 +18,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +28,10 @@ from studio.checkpoints import ADAPTER_FILES, Checkpoints, share_file
 from studio.event_log import EventLog, EventWriter
 from studio.specs import RunSpec
 from studio.workspace import Workspace, write_whole
+
+KILLED = (
+    "{} was killed, or the machine went down; the system may have done it for want of memory. The run can be resumed."
+)
 
 _ID = re.compile(r"[\w-]{1,120}")
 
@@ -82,8 +86,8 @@ class Run:
     def status(self) -> str:
         """One of queued, running, finished, stopped, paused, failed, interrupted.
 
-        Running is what holds the lock. A worker that is gone without having said how it ended was interrupted.
-        A full disk only pauses: nothing is wrong with the run.
+        Running is what holds the lock. A worker that is gone without having said how it ended was interrupted, also
+        once somebody has found and noted it. A full disk only pauses: nothing is wrong with the run.
         """
         running = self.is_running()  # asked first: an end that is written meanwhile is then seen below
         queued = self.place is not None
@@ -94,7 +98,7 @@ class Run:
         if isinstance(end, Finished):
             return {"done": "finished", "early": "finished", "killed": "stopped"}.get(end.reason, end.reason)
         if isinstance(end, Failed):
-            return "paused" if end.cause == "disk" else "failed"
+            return {"disk": "paused", "killed": "interrupted"}.get(end.cause, "failed")
         return "interrupted"
 
     @property
@@ -181,6 +185,18 @@ class Run:
         writer.write(end)
         writer.close()
 
+    def note_killed(self) -> None:
+        """Writes into the log of a worker that is gone without a word that it was killed; else does nothing."""
+        with suppress(LoRAError, OSError):  # it is damaged, which others say; it goes on again, or the disk is full
+            self.log.read()
+            if not self.log.num_events or self.log.end is not None or self.is_running():
+                return
+            with self.locked():
+                self.log.read()
+                if self.log.end is not None:
+                    return
+                self.tell(Failed(KILLED.format("The worker"), "killed"))
+
     def continued(self, spec: RunSpec) -> RunSpec:
         """Returns `spec` as one that begins with this run's newest checkpoint; as it is where there is none."""
         steps = self.checkpoints.steps()
@@ -192,6 +208,8 @@ class Run:
             running = self.is_running() or self.place is not None
             yield from self.log.refresh()
             if not running:
+                self.note_killed()
+                yield from self.log.refresh()
                 return
             time.sleep(poll_seconds)
 

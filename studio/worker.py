@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from core import (
     Checkpoint,
     Evaluated,
     Event,
+    ExplodedGradientError,
     Failed,
     Finished,
     LoRAError,
@@ -48,7 +49,7 @@ from studio import data, launcher, models
 from studio.checkpoints import best, share_adapter
 from studio.event_log import EventWriter
 from studio.remedies import for_memory
-from studio.runs import Run
+from studio.runs import KILLED, Run
 from studio.specs import RunSpec
 from studio.workspace import Workspace
 
@@ -137,7 +138,8 @@ def _run(run: Run, world: World, launcher: int | None) -> int:
         if world.is_first:
             reserve.write_bytes(bytes(RESERVE_BYTES))
             run.log.read()
-            if run.log.num_events and run.log.end is None:
+            end = run.log.end
+            if run.log.num_events and (end is None or (isinstance(end, Failed) and end.cause == "killed")):
                 reached = run.log.steps[-1].step if run.log.steps else 0
                 told.append(f"The worker before was killed, or the machine went down, after step {reached}")
             run.checkpoints.tidy()
@@ -206,14 +208,22 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
         note(sentence)
     note("Loading the model")
     with world.first_alone():
-        model = models.load_model(spec.model, workspace, device=str(device), dtype=dtype, progress=note)
+        at_first = "cpu" if spec.train.shard_weights else str(device)  # it may be too large for the device
+        model = models.load_model(spec.model, workspace, device=at_first, dtype=dtype, progress=note)
     _prepare(spec)(model)
     injection = inject(model, spec.lora, seed=spec.train.seed)
     together = f", in {world.size} processes" if world.size > 1 else ""
+    if spec.train.shard_weights:
+        world.shard(model, device)
+        together += " that share the frozen weights out among them" if world.size > 1 else ""
     note(f"Training {injection.num_trainable:,} parameters in {len(injection.targets)} matrices{together}")
 
     pad = tokenizer.pad_token_id
     num_rows = spec.train.batch_size * world.size
+    if start and spec.continues:  # of a run that may have trained more matrices
+        start, left_out = start.only(model)
+        if left_out:
+            note(f"The checkpoint also has {len(left_out)} tensors that this run does not train; they are left out")
     batches = data.Batches(prepared.train, num_rows, seed=spec.train.seed, pad_token_id=pad)
     evaluation = list(data.eval_batches(prepared.evaluation, num_rows, pad)) or None
     rest = batches.after(start.num_rows if start else 0)
@@ -282,6 +292,8 @@ class _DataError(LoRAError):
 
 def _explain(error: Exception, run: Run) -> Failed:
     """Returns what a person should read about `error`: the cause and the next step."""
+    if isinstance(error, ExplodedGradientError):
+        return Failed(str(error), "gradient")
     if isinstance(error, NonFiniteLossError):
         return Failed(str(error), error.what)
     if _is_of_full_disk(error):
@@ -291,10 +303,10 @@ def _explain(error: Exception, run: Run) -> Failed:
             "disk",
         )
     if is_lost(error):
-        return Failed(launcher.KILLED.format("A worker process"))
+        return Failed(KILLED.format("A worker process"), "killed")
     if isinstance(error, LoRAError):
         return Failed(str(error), "data" if isinstance(error, _DataError) else "")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
+    if _is_of_memory(error):
         config = run.spec.train
         return Failed(
             f"Not enough memory for batch size {config.batch_size} × {config.max_length} tokens; "
@@ -311,13 +323,20 @@ def _predicted_bytes(run: Run) -> dict[str, int]:
     """Returns what the run was to take, part by part, and what it would with each remedy, by shapes alone."""
 
     def forecast(spec: RunSpec) -> MemoryForecast:
-        dtype = resolve_dtype(spec.train.precision, resolve_devices(spec.train.device)[0])
-        return forecast_memory(skeleton, spec.lora, spec.train, dtype, prepare=_prepare(spec))
+        devices = resolve_devices(spec.train.device)
+        dtype = resolve_dtype(spec.train.precision, devices[0])
+        prepare, num_devices = _prepare(spec), len(devices)
+        return forecast_memory(skeleton, spec.lora, spec.train, dtype, prepare=prepare, num_devices=num_devices)
 
     try:
         skeleton = models.skeleton(run.spec.model, Workspace(run.workspace_root))
         terms = forecast(run.spec).terms
-        return terms | {remedy.label: forecast(remedy.spec).total for remedy in for_memory(run.spec)}
+        predicted = dict(terms)
+        for remedy in for_memory(run.spec):
+            with suppress(LoRAError):  # the model has no such matrices
+                if (total := forecast(remedy.spec).total) < sum(terms.values()):
+                    predicted[remedy.label] = total
+        return predicted
     except Exception:  # of a model that cannot be run on shapes: the failure itself must still be told
         log.exception("What it would have taken could not be predicted.")
         return {}
@@ -330,6 +349,12 @@ def _prepare(spec: RunSpec) -> Callable[[Any], None]:
         models.prepare_to_train(model, activation_checkpointing=spec.train.activation_checkpointing)
 
     return prepare
+
+
+def _is_of_memory(error: Exception) -> bool:
+    # Torch's allocator for the CPU has no type for it, and other words on Windows.
+    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in str(error) for part in words)
 
 
 def _is_of_full_disk(error: BaseException | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from core import Failed, Finished, LoRAError, TrainConfig, settings
+from core import Failed, Finished, LoRAError, TrainConfig, gpus, settings
 from studio import jobs, live, theme
 from studio.checkpoints import best
 from studio.event_log import EventLog
@@ -22,7 +22,7 @@ from studio.runs import Run, Runs
 ACTIONS = ("resume", "pause", "stop", "kill", "earlier", "later", "further")
 """What can be done with a run, in the order of the buttons."""
 
-MOST_REMEDIES = 4
+MOST_REMEDIES = 5
 
 TERMS = {
     "weights": "the frozen weights",
@@ -46,6 +46,7 @@ class TrainTab:
         actions: Name → button, for the run that is shown.
         remedies: Buttons for what may help a run that failed.
         num_further: How many steps to train further.
+        gpus: The choice of several GPUs.
     """
 
     start: Any
@@ -55,6 +56,7 @@ class TrainTab:
     actions: dict[str, Any]
     remedies: list[Any]
     num_further: Any
+    gpus: Any
 
     @property
     def controls(self) -> list[Any]:
@@ -208,10 +210,11 @@ def _state_words(run: Run, status: str) -> tuple[list[str], str]:
         return ([] if log.steps else [f"{last} …"]), ""
     if status == "queued":
         return ["It waits in the queue, and starts as soon as its device is free, page or no page."], ""
-    if isinstance(end, Failed):
+    if isinstance(end, Failed) and status != "interrupted":
         return [end.message, *_memory_words(end)], "error"
     if status == "interrupted" or reason == "killed":
         how = "The worker ended without a word (killed, or the machine went down)."
+        how = end.message.removesuffix(" The run can be resumed.") if isinstance(end, Failed) else how
         how = "It was killed: all of its processes are gone, and their memory is free." if reason else how
         steps = run.checkpoints.steps()
         where = f"Resume goes on from step {steps[-1]}." if steps else "Resume starts it from the beginning."
@@ -271,6 +274,15 @@ def build() -> TrainTab:
                     lines=3,
                     elem_id="sweep",
                 )
+            chosen = gr.CheckboxGroup(
+                [],
+                label="GPUs",
+                info="Each takes a batch of its own. None chosen: the device under More.",
+                visible=False,
+                elem_id="gpus",
+            )
+            device = form.widgets[form.names.index("device")]
+            chosen.input(device_of, chosen, device, queue=False, api_visibility="private", show_progress="hidden")
             start = gr.Button("Start training", variant="primary", elem_id="start")
         with gr.Column(scale=7, min_width=320):
             gr.HTML('<div id="status"></div>')
@@ -296,4 +308,22 @@ def build() -> TrainTab:
             gr.HTML('<div id="charts"></div>')
             with gr.Accordion("Worker's log", open=False):
                 gr.HTML('<pre id="worker-log"></pre>')
-    return TrainTab(start, name, sweep, form, buttons, helpful, number)
+    return TrainTab(start, name, sweep, form, buttons, helpful, number, chosen)
+
+
+def gpu_choices() -> Any:
+    """Returns the choice of GPUs with the memory that is free on each now; unseen where there is none to make."""
+    found = gpus()
+    choices = [
+        (f"{g.device} · {g.title} · {_gb(g.free_bytes)} of {_gb(g.total_bytes)} GB free", g.device) for g in found
+    ]
+    return gr.CheckboxGroup(choices=choices, visible=len(found) > 1)
+
+
+def device_of(chosen: list[str]) -> str:
+    """Returns the setting that names the chosen GPUs."""
+    return ",".join(sorted(chosen, key=lambda name: int(name.partition(":")[2]))) or "auto"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f}"

@@ -10,6 +10,7 @@ from core import (
     Checkpoint,
     CheckpointError,
     Evaluated,
+    ExplodedGradientError,
     Finished,
     LoRAConfig,
     LoRAError,
@@ -267,6 +268,20 @@ def test_the_rows_that_broke_are_named_by_their_places_in_their_batch(adapted, b
     error = error_of(train(model, [whole, bad], config(accumulation=2)))
     assert (error.step, error.batch, error.rows, error.where) == (1, 1, (1,), "model.embed_tokens")
     assert "in row 1 of batch 1 (from 0)" in str(error)
+
+
+def test_a_finite_gradient_that_exploded_ends_training_before_its_step(adapted, batches):
+    model = adapted()
+    layer = model.model.layers[1].mlp.up_proj
+    layer.scaling = 1e9
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(
+        ExplodedGradientError, match=r"of step 1 has exploded.*longest in model\.layers\.1\.mlp\.up_proj"
+    ):
+        list(train(model, batches(0, STEPS), config()))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    (_, first, *_) = train(model, batches(0, STEPS), config(explosion_norm=0))
+    assert 1e6 < first.grad_norm < math.inf
 
 
 def test_a_gradient_that_broke_is_named_by_its_parameter(adapted, batches):

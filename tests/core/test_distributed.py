@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from core import Checkpoint, LoRAError, World, resolve_devices
-from tests.core.together import CASES
+from tests.core.together import CASES, broken_by
 
 ROOT = Path(__file__).resolve().parents[2]
 OF_A_PROCESS = ("step_seconds", "evaluate_seconds", "memory_bytes", "peak_memory_bytes")
@@ -68,6 +68,13 @@ def test_all_processes_tell_the_same_and_end_with_the_same_weights(name, ranks):
     assert memory[0] == memory[1]  # the most of any
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.shard])
+def test_of_split_weights_each_process_has_only_its_part(name, ranks):
+    whole = CASES[name].run(World())["num_here"]
+    parts = [rank["cases"][name]["num_here"] for rank in ranks]
+    assert sum(parts) == whole and max(parts) < 0.6 * whole
+
+
 def test_processes_drop_out_differently(ranks):
     """Both have the same row: with one dropout for both, each loss would be that of the row alone."""
     case = CASES["dropout"]
@@ -80,8 +87,19 @@ def test_processes_drop_out_differently(ranks):
     assert all(a != pytest.approx(b, rel=1e-4) for a, b in zip(together[1:], alone[1:], strict=True))
 
 
-def test_one_process_goes_on_from_the_checkpoint_of_two(ranks):
-    case, half = CASES["accumulation"], ranks[0]["half"]
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_loss_that_one_process_meets_is_told_alike_by_all(shard, ranks):
+    """By rows of the whole batch; where weights lie in parts nobody can look for the layer alone."""
+    first, second = (rank["broken"][shard] for rank in ranks)
+    assert first == second == broken_by(World(), shard=shard)
+    assert (first["batch"], first["rows"], first["where"]) == (1, (3,), "up.base_layer")
+
+
+@pytest.mark.parametrize(
+    ("name", "of"), [("accumulation", "half"), ("weights in parts, accumulation, pissa, dora", "split half")]
+)
+def test_one_process_goes_on_from_the_checkpoint_of_two(name, of, ranks):
+    case, half = CASES[name], ranks[0][of]
     assert half["checkpoint"]["step"] == 2
     rest = case.run(World(), start=Checkpoint(**half["checkpoint"]))
     whole = {"records": half["records"] + rest["records"][1:], "checkpoint": rest["checkpoint"]}

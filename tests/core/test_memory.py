@@ -71,6 +71,20 @@ def test_activations_grow_with_the_rows_and_checkpointing_takes_most_of_them_awa
     assert kept.activations < 0.75 * four
 
 
+def test_split_weights_leave_each_device_its_part_and_the_blocks_at_work(build):
+    model = build("llama", num_hidden_layers=8).to("meta")
+    weights = {
+        (split, num): forecast_memory(
+            model, LoRAConfig(r=4), TrainConfig(max_length=16, shard_weights=split), torch.float32, num_devices=num
+        ).weights
+        for split in (False, True)
+        for num in (1, 2, 4)
+    }
+    whole = weights[False, 1]
+    assert whole == weights[False, 4] == weights[True, 1] > weights[True, 2] > weights[True, 4]
+    assert weights[True, 2] - weights[True, 4] == pytest.approx(whole / 4, abs=2)
+
+
 def test_tied_weights_count_once_and_the_model_stays_as_it_was(build):
     model = build("llama", tie_word_embeddings=True).to("meta")
     modules = dict(model.named_modules())

@@ -7,9 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from core import Checkpoint, LoRAConfig, Step, TrainConfig, World, inject, lora_layers, to_record, train
-from tests.core.conftest import VOCABULARY, Plain, _llama, _mixtral
+from core import (
+    Checkpoint,
+    LoRAConfig,
+    NonFiniteLossError,
+    Step,
+    TrainConfig,
+    World,
+    inject,
+    lora_layers,
+    to_record,
+    train,
+)
+from tests.core.conftest import VOCABULARY, Plain, _gpt2, _llama, _mixtral
 
 TRAIN = TrainConfig(steps=4, warmup_steps=0, learning_rate=0.01, eval_every=2, clip_norm=0.1)
 
@@ -40,6 +52,12 @@ class Fickle(Plain):
         return self.head(h.index_add(0, even, self.even(h[even])) if len(even) else h)
 
 
+def _checkpointed_mixtral(**changes: Any) -> Any:
+    model = _mixtral(**changes)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
 @dataclasses.dataclass
 class Case:
     """A training; its last batches have a row fewer than there are processes, or none that is trained."""
@@ -50,6 +68,7 @@ class Case:
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     rows: tuple[tuple[int, ...], ...] = ((9, 1, 4, 2), (1, 7, 3), (5,), (2, 2))
     make: Callable[[int], dict[str, torch.Tensor]] | None = None
+    shard: bool = False
 
     def batches(self) -> list[dict[str, torch.Tensor]]:
         count = self.train.steps * self.train.accumulation
@@ -65,6 +84,10 @@ class Case:
         for layer in lora_layers(model).values():
             if world.rank and layer.lora_A0 is not None:
                 layer.lora_A0.zero_()
+        if self.shard:
+            world.shard(model, torch.device("cpu"))
+        weights = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if not p.requires_grad]
+        num_here = sum(p.numel() for p in weights)
         first = start.step * self.train.accumulation if start else 0
         held_out = [batch(99, (3, 9, 1)), batch(98, (4,))]
         training = train(model, self.batches()[first:], self.train, eval_batches=held_out, start=start, world=world)
@@ -75,7 +98,7 @@ class Case:
                 break
         end = training.checkpoint()
         training.close()
-        return {"records": records, "checkpoint": vars(end)}
+        return {"records": records, "checkpoint": vars(end), "num_here": num_here}
 
 
 CASES = {
@@ -98,7 +121,53 @@ CASES = {
         ((1, 2), (3,)),
     ),
     "dropout": Case(LoRAConfig(r=3, dropout=0.5), make=twice_the_same),
+    "weights in parts": Case(shard=True, rows=((9, 1, 4), (2, 5), (3, 1), (2, 2))),
+    "weights in parts, accumulation, pissa, dora": Case(
+        LoRAConfig(r=3, init="pissa", dora=True, target_modules=("q_proj", "down_proj", "embed_tokens")),
+        dataclasses.replace(TRAIN, accumulation=2),
+        rows=((9, 1, 4), (2, 5), (3, 1), (0, 0)),
+        shard=True,
+    ),
+    "weights in parts, experts, activation checkpointing": Case(
+        LoRAConfig(r=2, target_modules=("experts.down_proj", "q_proj")),
+        model=_checkpointed_mixtral,
+        changes={"num_local_experts": 6, "num_experts_per_tok": 1},
+        rows=((1, 2), (3,)),
+        shard=True,
+    ),
+    "weights in parts, slices, and a norm in full": Case(
+        LoRAConfig(r=2, target_modules=("c_attn.q", "c_attn.v"), modules_to_save=("ln_f",)),
+        model=_gpt2,
+        shard=True,
+    ),
 }
+
+
+def broken_by(world: World, *, shard: bool) -> dict[str, Any]:
+    """Returns what is said of a loss that one row of the second batch, of the second process, spoils."""
+
+    class Spoiled(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(16, 16)])
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+            h = self.layers[0](self.embed(input_ids))
+            h = self.up(torch.where((input_ids[:, :1] == 0)[..., None], torch.nan, h))
+            return self.head(self.down(h))
+
+    batches = [batch(seed, (4, 4, 4, 4)) for seed in range(2)]
+    for number, one in enumerate(batches):
+        one["input_ids"][:, 0] = 1
+        one["input_ids"][3, 0] = 1 - number
+    case = Case(LoRAConfig(r=2), dataclasses.replace(TRAIN, accumulation=2, eval_every=0), Spoiled, shard=shard)
+    case.make = batches.__getitem__
+    case.train = dataclasses.replace(case.train, steps=1)
+    try:
+        case.run(world)
+    except NonFiniteLossError as error:
+        return {"message": str(error), **vars(error)}
+    return {}
 
 
 def main(out: Path) -> None:
@@ -106,7 +175,9 @@ def main(out: Path) -> None:
     world = World.join()
     found = {name: case.run(world) for name, case in CASES.items()}
     half = CASES["accumulation"].run(world, stop_after=2)
-    torch.save({"cases": found, "half": half}, out / f"{world.rank}.pt")
+    split_half = CASES["weights in parts, accumulation, pissa, dora"].run(world, stop_after=2)
+    broken = {shard: broken_by(world, shard=shard) for shard in (False, True)}
+    torch.save({"cases": found, "half": half, "split half": split_half, "broken": broken}, out / f"{world.rank}.pt")
     world.leave()
 
 

@@ -4,8 +4,9 @@ import json
 import subprocess
 
 import pytest
+import torch
 
-from core import Evaluated, Finished, Step
+from core import Evaluated, Failed, Finished, Step, resolve_device
 from studio import __main__ as cli
 from studio import jobs
 from studio.event_log import EventWriter
@@ -30,6 +31,14 @@ def command(workspace, capsys, monkeypatch):
     for child in jobs._children:
         child.wait()
     jobs._children.clear()
+
+
+def two_gpus(monkeypatch) -> None:
+    """Torch reports two GPUs; this machine need not have one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (i * 10**9, 8 * 10**9))
 
 
 @pytest.fixture
@@ -96,6 +105,44 @@ def test_a_sweep_is_queued_in_order_moved_and_cancelled(command, runs, spec_file
     code, out, _ = command("stop", ids[1], "--json")  # a queued run is stopped by taking it out
     assert json.loads(out)[0]["status"] == "stopped"
     assert [run.id for run in runs.queued()] == [ids[3], ids[2]]
+
+
+def test_a_failed_run_tells_its_cause_and_what_may_help_which_resume_takes_by_number(command, runs, monkeypatch):
+    sizes = {"weights": 3, "Rows of at most 128 tokens": 2_000_000_000, "Batch size 2, accumulation 2": 10**9}
+    run = runs.create(RunSpec("x"))
+    writer = EventWriter(run.log)
+    writer.write(Failed("Not enough memory.", "memory", sizes))
+    writer.close()
+    failed = json.loads(command("runs", "--json")[1])[0]["failed"]
+    assert (failed["cause"], failed["predicted_bytes"]) == ("memory", sizes)
+    assert failed["remedies"] == ["Batch size 2, accumulation 2", "Rows of at most 128 tokens"]
+    assert "--remedy 2: Rows of at most 128 tokens, about 2.00 GB" in command("runs")[1]
+    monkeypatch.setattr(jobs, "follow", lambda run, as_json: print(run.spec.train.max_length) or 0)
+    assert command("resume", run.id, "--remedy", "2")[:2] == (0, "128\n")
+    for words in (("--remedy", "3"), ("--remedy", "0"), ("--remedy", "1", "--further", "2")):
+        code, _, err = command("resume", run.id, *words)
+        assert code == 2 and "one of the 2 that `lora-studio runs` offers" in err
+
+
+def test_a_killed_run_is_listed_with_its_cause(command, runs):
+    run = runs.create(RunSpec("x"))
+    writer = EventWriter(run.log)
+    writer.write(STEP)
+    writer.close()
+    (row,) = json.loads(command("runs", "--json")[1])
+    assert (row["status"], row["failed"]["cause"], row["failed"]["remedies"]) == ("interrupted", "killed", [])
+
+
+def test_devices_are_listed_with_their_free_memory(command, monkeypatch):
+    assert command("devices") == (0, f"No GPU that torch can use; training runs on: {resolve_device('auto')}\n", "")
+    two_gpus(monkeypatch)
+    assert json.loads(command("devices", "--json")[1])[1] == {
+        "device": "cuda:1",
+        "title": "GPU 1",
+        "free_bytes": 10**9,
+        "total_bytes": 8 * 10**9,
+    }
+    assert command("devices")[1].splitlines()[0].split() == ["cuda:0", "0.0", "of", "8.0", "GB", "free", "GPU", "0"]
 
 
 @pytest.mark.parametrize(("name", "reason"), [("pause", "paused"), ("stop", "stopped")])

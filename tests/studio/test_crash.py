@@ -117,4 +117,6 @@ def test_kills_at_random_moments_cost_nothing(num_kills, workspace, spec):
             counts["runs"] += 1
     assert start(run).wait() == 0
     check_end(run)
+    if num_kills >= 50:
+        assert min(counts["starting"], counts["training"], counts["writing a checkpoint"]) >= 10
     print(f"{num_kills} kills: {counts}")

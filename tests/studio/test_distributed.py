@@ -132,6 +132,21 @@ def test_two_processes_make_the_run_that_one_makes_with_the_doubled_batch(runs, 
         torch.testing.assert_close(a[path].B @ a[path].A, b[path].B @ b[path].A, rtol=1e-2, atol=1e-4)
 
 
+def test_processes_with_a_part_of_the_weights_each_make_the_same_run_and_one_process_goes_on(runs, spec, alone):
+    """FSDP2 over gloo: one log, checkpoints that know nothing of parts, and a killed process that ends it."""
+    run = runs.create(with_train(spec, shard_weights=True, steps=60, eval_every=20))
+    jobs.enqueue(runs, run)
+    kill_one(run, 1)
+    assert any("share the frozen weights out" in note.message for note in run.log.notes)
+    again = runs.create(run.continued(with_train(spec, device="cpu", batch_size=4, steps=60, eval_every=20)))
+    step = again.checkpoints.steps()[-1]
+    assert alone(again) == 0
+    whole = runs.create(with_train(spec, device="cpu", batch_size=4, steps=60, eval_every=20))
+    assert alone(whole) == 0
+    assert 0 < step < 60 and steps(again) == steps(whole)
+    assert losses(again) == pytest.approx(losses(whole), rel=1e-3)
+
+
 def test_a_run_goes_on_in_any_number_of_processes_and_takes_every_row_once(runs, spec, alone, tmp_path):
     """Two processes, by torchrun itself, are paused; one goes on where they stopped in the order of the rows."""
     rows = [{"facts": f"Inn {i}", "text": "x" * (2 * i + 1)} for i in range(24)]  # told apart by their tokens
@@ -169,8 +184,11 @@ def kill_one(run: Run, place: int) -> None:
     processes = processes_of(run)
     os.kill(processes[1 + place], signal.SIGKILL)
     assert wait_until(lambda: not run.is_running(), run) < 10
-    assert run.status == "failed"
-    assert isinstance(run.log.end, Failed) and "was killed" in run.log.end.message
+    assert run.status == "interrupted"
+    assert isinstance(run.log.end, Failed) and run.log.end.cause == "killed"
+    assert run.log.end.message.startswith(
+        (f"Worker process {place + 1} of 2 was killed", "A worker process was killed")
+    )
     assert kinds(run).count("Failed") == 1
     reap()
     assert not any(map(is_there, processes)) and not run.stop_asked
@@ -195,6 +213,8 @@ def test_a_run_whose_first_process_was_killed_goes_on_and_ends_with_its_launcher
     reap()
     assert wait_until(lambda: not any(map(is_there, workers)), run) < 10
     assert (run.status, run.log.end) == ("interrupted", None)
+    run.note_killed()
+    assert (run.status, run.log.end.cause) == ("interrupted", "killed")
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from core import (
 )
 from studio import data, jobs, models, worker
 from studio.event_log import EventWriter
-from studio.remedies import remedies
+from studio.remedies import for_memory, remedies
 from studio.runs import Run, Runs
 from studio.specs import RunSpec
 
@@ -272,23 +272,16 @@ def test_what_only_the_machine_can_cause_is_told_with_the_next_step(error, messa
     assert_one_sentence(run.log.end, message)
 
 
-def test_a_failure_for_memory_says_what_it_was_to_take_and_what_each_remedy_would(work, spec, monkeypatch):
-    def fail(*args, **options):
-        raise MemoryError
-
-    monkeypatch.setattr(worker, "train", fail)
+def test_memory_that_this_machine_really_does_not_have_is_a_failure_for_memory(work, spec, monkeypatch):
+    """Torch's own error, in its own words, and not one that was written down here."""
+    monkeypatch.setattr(worker, "inject", lambda *args, **options: torch.empty(2**60, dtype=torch.uint8))
     _, run = work(spec)
     assert (run.status, run.log.end.cause) == ("failed", "memory")
-    sizes = run.log.end.predicted_bytes
-    terms = {name: size for name, size in sizes.items() if name in MemoryForecast.__dataclass_fields__}
-    assert sizes.keys() - terms.keys() == {remedy.label for remedy in remedies(run)}
-    assert len(sizes) == 5 + 3 and all(0 < size < sum(terms.values()) for size in sizes.values())
-    half = sizes["Batch size 2, accumulation 2"] - sum(terms.values()) + terms["activations"]
-    assert half == pytest.approx(terms["activations"] / 2, rel=0.1)
+    assert run.log.end.predicted_bytes
 
 
-def test_a_remedy_of_memory_trains_on_from_the_last_checkpoint(work, spec, monkeypatch, workspace):
-    """With activation checkpointing the same steps are taken, to rounding."""
+def failing_after(num_steps: int):
+    """`train`, but for want of memory after so many steps."""
     real = worker.train
 
     class Failing:
@@ -303,12 +296,77 @@ def test_a_remedy_of_memory_trains_on_from_the_last_checkpoint(work, spec, monke
             return self
 
         def __next__(self):
-            if self._training.step == 3:
+            if self._training.step == num_steps:
                 raise MemoryError
             return next(self._events)
 
+    return Failing
+
+
+def test_a_failure_for_memory_says_what_it_was_to_take_and_what_each_remedy_would(work, spec, monkeypatch):
+    def fail(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(worker, "train", fail)
+    _, run = work(spec)
+    assert (run.status, run.log.end.cause) == ("failed", "memory")
+    sizes = run.log.end.predicted_bytes
+    terms = {name: size for name, size in sizes.items() if name in MemoryForecast.__dataclass_fields__}
+    assert sizes.keys() - terms.keys() == {remedy.label for remedy in remedies(run)}
+    assert len(sizes) == 5 + 4 and all(0 < size < sum(terms.values()) for size in sizes.values())
+    half = sizes["Batch size 2, accumulation 2"] - sum(terms.values()) + terms["activations"]
+    assert half == pytest.approx(terms["activations"] / 2, rel=0.1)
+
+
+def test_with_fewer_targets_a_run_that_lacked_memory_goes_on_from_its_checkpoint(work, spec, monkeypatch, workspace):
+    spec = dataclasses.replace(spec, lora=dataclasses.replace(spec.lora, target_modules="all-linear"))
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "train", Failing)
+        patch.setattr(worker, "train", failing_after(3))
+        _, run = work(spec)
+    (fewer,) = (remedy for remedy in remedies(run) if remedy.label == "Query and value alone")
+    assert 0 < fewer.predicted_bytes < sum(run.log.end.predicted_bytes[name] for name in MemoryForecast.__annotations__)
+    mended = Runs(workspace).create(fewer.spec)
+    assert worker.main([str(mended.folder)]) == 0
+    assert (mended.status, [s.step for s in mended.log.steps]) == ("finished", [1, 2, 3, 4])
+    assert "The checkpoint also has 20 tensors that this run does not train; they are left out" in {
+        note.message for note in mended.log.notes
+    }
+    factors = Adapter.load(mended.adapter_folder).factors
+    assert {path.rpartition(".")[2] for path in factors} == {"q_proj", "v_proj"}
+    before = Adapter.load(run.checkpoints.at(2)).factors
+    path = next(iter(factors))
+    assert not torch.equal(before[path].A, factors[path].A)
+    torch.testing.assert_close(before[path].A, factors[path].A, rtol=0, atol=0.1)  # it went on from there
+
+
+@pytest.mark.parametrize(
+    ("targets", "model", "is_offered"),
+    [("all-linear", "llama", True), (("q_proj", "v_proj"), "llama", False), ("all-linear", "no attention", False)],
+)
+def test_fewer_targets_are_offered_where_there_are_fewer(targets, model, is_offered, work, spec, monkeypatch):
+    def fail(*args, **options):
+        raise MemoryError
+
+    if model == "no attention":
+        monkeypatch.setattr("studio.remedies.QUERY_AND_VALUE", "no_such_matrix")
+    monkeypatch.setattr(worker, "train", fail)
+    _, run = work(dataclasses.replace(spec, lora=dataclasses.replace(spec.lora, target_modules=targets)))
+    assert ("Query and value alone" in {remedy.label for remedy in remedies(run)}) == is_offered
+    assert len(remedies(run)) == 3 + is_offered
+
+
+def test_on_several_devices_the_weights_may_be_split(spec):
+    train = dataclasses.replace(spec.train, device="cpu,cpu")
+    changes = [remedy.spec.train.shard_weights for remedy in for_memory(dataclasses.replace(spec, train=train))]
+    assert changes.count(True) == 1
+    train = dataclasses.replace(train, shard_weights=True)
+    assert all(remedy.spec.train.shard_weights for remedy in for_memory(dataclasses.replace(spec, train=train)))
+
+
+def test_a_remedy_of_memory_trains_on_from_the_last_checkpoint(work, spec, monkeypatch, workspace):
+    """With activation checkpointing the same steps are taken, to rounding."""
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "train", failing_after(3))
         _, run = work(spec)
     assert (run.status, run.checkpoints.steps()) == ("failed", [2])
     by_label = {remedy.label: remedy.spec for remedy in remedies(run)}
@@ -345,6 +403,14 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_the_data_and_offers_a_small
         run.log.end.message,
     )
     assert found and len(found[1].split(", ")) == 4 and all(1 <= int(n) <= 24 for n in found[1].split(", "))
+    assert [remedy.label for remedy in remedies(run)] == ["Learning rate 0.0033"]
+
+
+def test_a_gradient_that_exploded_is_a_failure_with_its_cause_and_offers_a_smaller_rate(work, spec):
+    train = dataclasses.replace(spec.train, explosion_norm=1e-3)
+    _, run = work(dataclasses.replace(spec, train=train))
+    assert (run.status, run.log.end.cause) == ("failed", "gradient")
+    assert run.log.end.message.startswith("The gradient of step 1 has exploded: its length is ")
     assert [remedy.label for remedy in remedies(run)] == ["Learning rate 0.0033"]
 
 

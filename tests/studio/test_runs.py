@@ -297,6 +297,26 @@ def test_a_killed_worker_leaves_no_lock_behind(write_run):
         assert run.status == "running"
 
 
+def test_that_a_worker_was_killed_is_noted_once_by_whoever_finds_it(write_run, hold):
+    run, untouched, ended = write_run([STARTED, step(1)]), write_run([]), write_run([STARTED, DONE])
+    before = untouched.folder / "events.jsonl", (ended.folder / "events.jsonl").read_bytes()
+    for one in (run, untouched, ended):
+        for _ in range(2):
+            one.note_killed()
+    assert [type(e) for e in Run(run.folder).log.refresh()] == [Started, Step, Failed]
+    assert (run.status, run.log.end.cause) == ("interrupted", "killed")
+    assert before == (before[0], ended.log.path.read_bytes()) and not before[0].read_bytes()
+    going = write_run([STARTED, step(1)])
+    hold(going)
+    going.note_killed()
+    assert (going.status, going.log.end) == ("running", None)
+
+
+def test_who_follows_a_worker_that_is_killed_is_told(write_run):
+    run = write_run([STARTED, step(1)])
+    assert [getattr(event, "cause", "") for event in run.follow()] == ["", "", "killed"]
+
+
 def test_a_lock_can_be_held_once_and_is_free_afterwards(write_run):
     run = write_run()
     again = pytest.raises(LoRAError, match=rf"Run {run.id} is running already; watch it, or stop it first\.")

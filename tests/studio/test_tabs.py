@@ -29,6 +29,7 @@ from core import (
     adaptable,
     amplification,
     plan,
+    resolve_devices,
     spectrum,
 )
 from studio import __main__ as cli
@@ -311,6 +312,11 @@ KILLED = "The worker ended without a word (killed, or the machine went down)."
         ([], "interrupted", f"{KILLED} Resume starts it from the beginning."),
         ([STARTED, step(1)], "interrupted", f"{KILLED} Resume starts it from the beginning."),
         (
+            [STARTED, step(1), Failed("Worker process 2 of 2 was killed. The run can be resumed.", "killed")],
+            "interrupted",
+            "Worker process 2 of 2 was killed. Resume starts it from the beginning.",
+        ),
+        (
             [STARTED, step(1), Finished(1, "paused", 0)],
             "paused",
             "Everything is saved and its memory is free. Resume goes on after step 1.",
@@ -423,8 +429,25 @@ def test_what_may_help_a_run_that_failed_is_a_button_each(write_run):
         "Batch size 2, accumulation 2, and go on",
         "Activation checkpointing (slower), and go on",
         "Rows of at most 128 tokens, and go on",
+        "Query and value alone, and go on",
     ]
     assert len(train_tab.controls(run)) == len(train_tab.controls(None))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_several_gpus_are_a_choice_with_the_free_memory_of_each(count, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "Card")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (i * 10**9, 8 * 10**9))
+    shown = update(train_tab.gpu_choices())
+    assert shown["visible"] == (count > 1)
+    assert [words for words, _ in shown["choices"]] == [f"cuda:{i} · Card · {i}.0 of 8.0 GB free" for i in range(count)]
+    if count:
+        assert resolve_devices(train_tab.device_of([name for _, name in shown["choices"]])) == tuple(
+            torch.device(f"cuda:{i}") for i in range(count)
+        )
+    assert train_tab.device_of([]) == "auto" and train_tab.device_of(["cuda:10", "cuda:2"]) == "cuda:2,cuda:10"
 
 
 def test_a_number_of_further_steps_that_is_none_is_refused(write_run, studio):
