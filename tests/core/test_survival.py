@@ -87,6 +87,11 @@ def test_autocast_agrees_up_to_its_precision_and_keeps_float32_gradients(adapted
     assert {g.dtype for g in grads.values()} == {torch.float32}
 
 
+# Raised by torch itself, where inductor first looks at the processor's own kernels.
+INDUCTOR = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
+@INDUCTOR
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("adapted", [("llama", "pissa"), ("gpt2", "dora")], indirect=True, ids="-".join)
 def test_a_compiled_model_computes_the_same_and_has_the_same_gradients(adapted, tokens, logits, backend):
@@ -103,7 +108,7 @@ def test_a_compiled_model_computes_the_same_and_has_the_same_gradients(adapted, 
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:(?s).*:DeprecationWarning")
+@INDUCTOR
 def test_a_model_that_inductor_compiled_is_merged_and_unmerged_and_computes_the_same(build, perturb, tokens, logits):
     model = build("llama")
     inject(model, LoRAConfig(r=2, target_modules=TARGETS["llama"]))
