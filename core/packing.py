@@ -41,6 +41,13 @@ def join_slices(factors: Mapping[str, Factors]) -> tuple[dict[str, Factors], dic
     return joined, slices
 
 
+def as_whole(f: Factors) -> Factors:
+    """Returns the update of a slice as one of its whole projection, which is 0 in the other rows."""
+    B = f.B.new_zeros(f.layout.num_rows, f.r)
+    B[f.layout.rows] = f.B
+    return Factors(f.A, B, f.scaling, Layout(transposed=f.layout.transposed))
+
+
 def join_magnitudes(
     factors: Mapping[str, Factors], magnitudes: Mapping[str, Tensor], row_norms: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
