@@ -306,3 +306,41 @@ def test_a_convolution_of_peft_s_is_read_where_its_groups_read_only_what_is_thei
     merged = merged_copy(fresh)  # which PEFT cannot do
     torch.testing.assert_close(merged(x), theirs(x), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(fresh(x), grouped("two groups")[0](x), atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*changes the base weights of the model:UserWarning")  # PEFT loads the start beside
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_what_started_from_w0_s_own_directions_goes_to_peft_and_comes_from_it_as_the_true_update(
+    build, tokens, logits, tmp_path, start, rslora
+):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def move(model):
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += 0.1 * torch.randn(p.shape, generator=generator)
+        return model
+
+    base = logits(build("llama"), tokens)
+    model = build("llama")
+    inject(model, LoRAConfig(r=2, target_modules=QV, init=start, scaling="rslora" if rslora else "standard"))
+    Adapter.from_model(move(model)).save(tmp_path / "ours")
+    read = PeftModel.from_pretrained(build("llama"), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(read, tokens), logits(model, tokens), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(model, tokens), base, atol=1e-2)
+
+    wanted = LoraConfig(r=2, lora_alpha=16, target_modules=list(QV), init_lora_weights=start, use_rslora=rslora)
+    theirs = get_peft_model(build("llama"), wanted).eval()
+    theirs.peft_config["default"].init_lora_weights = True  # what PEFT's guide says to do, so that the start is kept
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = start
+    move(theirs).save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=tmp_path / "start")
+    fresh = build("llama")
+    adapter = Adapter.load(tmp_path / "theirs")
+    adapter.apply(fresh)
+    assert {f.r for f in adapter.factors.values()} == {4}
+    torch.testing.assert_close(logits(fresh, tokens), logits(theirs, tokens), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(fresh, tokens), base, atol=1e-2)
