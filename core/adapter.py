@@ -1,6 +1,6 @@
 """An adapter as a thing of its own: settings, factors and what was trained beside them, without a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Self
@@ -8,11 +8,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from core import files
+from core import files, loralib
 from core.config import LoRAConfig
 from core.errors import AdapterFileError, listed
-from core.fused import LoRASlice
+from core.fused import LoRASlice, rows_of
 from core.inject import eject, injection_of, trained_in_full, wrap
+from core.layers import Wrapper
 from core.matrices import Factors
 from core.targets import Injection, Target, adaptable, count_parameters, lora_layers, wholes
 
@@ -84,8 +85,9 @@ class Adapter:
         """
         self.check_fit(model, base_model=base_model)
         shapes = adaptable(model)
+        factors = self._factors_in(model)
         eject(model)
-        ordered = {path: self.factors[path] for path in shapes if path in self.factors}
+        ordered = {path: factors[path] for path in shapes if path in factors}
         targets = tuple(Target(path, *f.shape, f.r, f.scaling, path in self.magnitudes) for path, f in ordered.items())
         # What a slice or an expert is a part of counts as adapted.
         touched = {path.rpartition(".")[0] for path in self.factors} | set(self.factors)
@@ -95,7 +97,7 @@ class Adapter:
         injection = Injection(self.config, targets, by_pattern, unmatched, count_parameters(model), extras)
         wrap(model, injection, draw=False)
         for path, layer in lora_layers(model).items():
-            layer.set_factors(self.factors[path], self.magnitudes.get(path))
+            layer.set_factors(factors[path], self.magnitudes.get(path))
         with torch.no_grad():
             for name, p in trained_in_full(model).items():
                 p.copy_(self.trained_in_full[name])
@@ -107,7 +109,7 @@ class Adapter:
         Raises:
             AdapterFileError: As of `apply`; all misfits in one message.
         """
-        problems = self._misfits(model, adaptable(model))
+        problems = self._misfits(model, adaptable(model), self._factors_in(model))
         if base_model is not None and self.base_model not in (None, base_model):
             problems.insert(0, f"this model is {base_model}")
         if problems:
@@ -116,13 +118,24 @@ class Adapter:
                 f"{listed(problems)}. Load the base model that it was trained on."
             )
 
-    def _misfits(self, model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    def _factors_in(self, model: nn.Module) -> dict[str, Factors]:
+        modules = dict(model.named_modules())
+        return {path: _as_here(f, modules.get(path)) for path, f in self.factors.items()}
+
+    def _misfits(
+        self, model: nn.Module, shapes: Mapping[str, tuple[int, int]], factors: Mapping[str, Factors]
+    ) -> list[str]:
         problems = []
-        for path, f in self.factors.items():
+        for path, f in factors.items():
+            whole = path.rpartition(".")[0]
             if path not in shapes:
                 problems.append(f"{path} does not exist or cannot be adapted")
             elif shapes[path] != f.shape:
                 problems.append(f"{path} is {_by(shapes[path])} in the model and {_by(f.shape)} in the adapter")
+            elif f.layout.rows is not None and not _has_rows(model, path, f.layout.rows):
+                problems.append(f"{path} is of other rows in the model than in the adapter")
+            elif f.layout.form == "slice" and whole in factors:
+                problems.append(f"{path} is adapted and {whole} as well, of which it is a part")
         parameters = dict(model.named_parameters(remove_duplicate=False))
         # Of an adapted model, a base layer's own parameters go by the path that the base layer had.
         parameters = {name.replace(".base_layer.", "."): p for name, p in parameters.items()}
@@ -146,20 +159,39 @@ class Adapter:
         files.write(Path(folder), files.Contents(**{f.name: getattr(self, f.name) for f in fields(self)}))
 
     @classmethod
-    def load(cls, path: str | Path, *, scaling: float | None = None) -> Self:
+    def load(cls, path: str | Path, *, scaling: float | None = None, parts: Sequence[str] | None = None) -> Self:
         """Reads an adapter folder, written by `save` or by the PEFT library, or one file of loralib's.
 
         Args:
             path: A folder, or loralib's file: pickled (.bin, .pt, .pth, .ckpt; read by a loader that runs no code) or
                 safetensors.
             scaling: alpha / r of a loralib file, which does not say it.
+            parts: Which slices of fused projections a loralib file has, ("q", "v"), which it does not say either.
 
         Raises:
             AdapterFileError: A file is missing or damaged, the adapter is of a kind that is not LoRA's, or `scaling`
-                is missing.
+                or `parts` is missing.
         """
-        read = files.read_loralib(Path(path), scaling) if Path(path).is_file() else files.read(Path(path))
+        is_loralib = Path(path).is_file()
+        read = loralib.read_loralib(Path(path), scaling, parts) if is_loralib else files.read(Path(path))
         return cls(**{f.name: getattr(read, f.name) for f in fields(cls)})
+
+
+def _as_here(f: Factors, module: nn.Module | None) -> Factors:
+    """Returns the factors as those of the module's matrix, where loralib has another form for such a layer."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() < 3:
+        return f
+    return loralib.as_convolution(f, weight.shape) or f
+
+
+def _has_rows(model: nn.Module, path: str, rows: Tensor) -> bool:
+    """Says whether the slice of that path is these rows of its projection."""
+    whole, _, part = path.rpartition(".")
+    above, _, name = whole.rpartition(".")
+    module = model.get_submodule(whole)
+    base_layer = module.base_layer if isinstance(module, Wrapper) else module
+    return torch.equal(rows_of(base_layer, name, model.get_submodule(above), part), rows.cpu())
 
 
 def _by(shape: tuple[int, ...]) -> str:

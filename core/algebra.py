@@ -1,5 +1,6 @@
 """Adapters as vectors: sums, differences, angles and recompression, all on the factors; ΔW is never formed."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from core.adapter import Adapter
 from core.errors import LoRAError, listed
 from core.files import config_for
 from core.matrices import Factors
+from core.packing import as_whole
 from core.spectrum import spectrum
 
 
@@ -37,7 +39,8 @@ class Truncation:
 def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """Returns the adapter whose ΔW is Σ weight · ΔW, exactly: factors stand side by side, and ranks add up.
 
-    A matrix that an adapter does not have counts as zero there. `truncate` brings the rank down again.
+    A matrix that an adapter does not have counts as zero there; a slice of a fused projection is a part of
+    it where another adapter has it whole. `truncate` brings the rank down again.
 
     Raises:
         LoRAError: The numbers of adapters and weights differ, a weight is not finite, matrices of one path
@@ -49,13 +52,13 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapt
         )
     if not all(math.isfinite(w) for w in weights):
         raise LoRAError(f"`weights` (={list(weights)}) must be finite numbers.")
-    for adapter in adapters:
-        _check_factors_only(adapter)
-    _check_shapes(adapters)
-    paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.factors))
+    _check_factors_only(adapters)
+    all_terms: dict[str, list[tuple[Factors, float]]] = {}
+    for by_path, w in zip(_check_shapes(adapters), weights, strict=True):
+        for path, found in by_path.items():
+            all_terms.setdefault(path, []).extend((f, w) for f in found)
     factors = {}
-    for path in paths:
-        terms = [(a.factors[path], w) for a, w in zip(adapters, weights, strict=True) if path in a.factors]
+    for path, terms in all_terms.items():
         scaling = terms[0][0].scaling
         B = [f.B if w * f.scaling == scaling else f.B * (w * f.scaling / scaling) for f, w in terms]
         factors[path] = Factors(torch.cat([f.A for f, _ in terms]), torch.cat(B, 1), scaling, terms[0][0].layout)
@@ -111,12 +114,12 @@ def inner_product(first: Adapter, second: Adapter) -> float:
     Raises:
         LoRAError: Matrices of one path differ in shape, or an adapter is one of DoRA's.
     """
-    _check_shapes([first, second])
+    mine, yours = _check_shapes([first, second])
     total = 0.0
-    for path in first.factors.keys() & second.factors.keys():
-        f, g = first.factors[path], second.factors[path]
-        product = (f.B.double().T @ g.B.double()) * (f.A.double() @ g.A.double().T)
-        total += f.scaling * g.scaling * float(product.sum())
+    for path in mine.keys() & yours.keys():
+        for f, g in itertools.product(mine[path], yours[path]):
+            product = (f.B.double().T @ g.B.double()) * (f.A.double() @ g.A.double().T)
+            total += f.scaling * g.scaling * float(product.sum())
     return total
 
 
@@ -138,10 +141,10 @@ def distance(first: Adapter, second: Adapter) -> float:
     Raises:
         LoRAError: Matrices of one path differ in shape, or an adapter is one of DoRA's.
     """
-    _check_shapes([first, second])
+    mine, yours = _check_shapes([first, second])
     squares = 0.0
-    for path in first.factors.keys() | second.factors.keys():
-        terms = [(a.factors[path], sign) for a, sign in ((first, 1.0), (second, -1.0)) if path in a.factors]
+    for path in mine.keys() | yours.keys():
+        terms = [(f, sign) for found, sign in ((mine, 1.0), (yours, -1.0)) for f in found.get(path, ())]
         A = torch.cat([f.A.double() for f, _ in terms])
         B = torch.cat([sign * f.scaling * f.B.double() for f, sign in terms], 1)
         squares += float((_triangle(B) @ _triangle(A.T).T).square().sum())
@@ -151,6 +154,8 @@ def distance(first: Adapter, second: Adapter) -> float:
 def equal(first: Adapter, second: Adapter, *, tolerance: float = 1e-6) -> bool:
     """Says whether two adapters are the same update, whatever their factors: B·A is also (B·G)·(G⁻¹·A).
 
+    What they trained in full must be the same, too, up to the same tolerance.
+
     Args:
         first: One adapter.
         second: Another.
@@ -159,29 +164,54 @@ def equal(first: Adapter, second: Adapter, *, tolerance: float = 1e-6) -> bool:
     Raises:
         LoRAError: Matrices of one path differ in shape, or an adapter is one of DoRA's.
     """
-    return distance(first, second) <= tolerance * max(norm(first), norm(second))
+    if distance(first, second) > tolerance * max(norm(first), norm(second)):
+        return False
+    mine, yours = first.trained_in_full, second.trained_in_full
+    return mine.keys() == yours.keys() and all(
+        t.shape == yours[name].shape
+        and float((t - yours[name]).double().norm())
+        <= tolerance * max(float(t.double().norm()), float(yours[name].double().norm()))
+        for name, t in mine.items()
+    )
 
 
 def _triangle(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(matrix, mode="r")[1]
 
 
-def _check_shapes(adapters: Sequence[Adapter]) -> None:
-    shapes: dict[str, tuple[int, int]] = {}
-    problems = []
+def _check_shapes(adapters: Sequence[Adapter]) -> list[dict[str, list[Factors]]]:
+    """Returns of each adapter path → its factors there; a slice goes as a part of its projection where any has that.
+
+    Raises:
+        LoRAError: Matrices of one path differ in shape, or an adapter is one of DoRA's.
+    """
+    wholes = {path for a in adapters for path, f in a.factors.items() if f.layout.form != "slice"}
+    first: dict[str, Factors] = {}
+    problems, found = [], []
     for adapter in adapters:
         if adapter.magnitudes:
             raise LoRAError("`adapters` must not hold one of DoRA's: its ΔW is not B·A alone.")
+        by_path: dict[str, list[Factors]] = {}
         for path, f in adapter.factors.items():
-            if shapes.setdefault(path, f.shape) != f.shape:
-                problems.append(f"{path} is {shapes[path]} and {f.shape}")
+            whole = path.rpartition(".")[0]
+            if f.layout.form == "slice" and whole in wholes:
+                path, f = whole, as_whole(f)
+            by_path.setdefault(path, []).append(f)
+            known, rows = first.setdefault(path, f), f.layout.rows
+            if known.shape != f.shape:
+                problems.append(f"{path} is {known.shape} and {f.shape}")
+            elif rows is not None and known.layout.rows is not None and not torch.equal(rows, known.layout.rows):
+                problems.append(f"{path} is of other rows in each")
+        found.append(by_path)
     if problems:
         raise LoRAError(f"`adapters` must fit one model: {listed(problems)}.")
+    return found
 
 
-def _check_factors_only(adapter: Adapter) -> None:
-    if adapter.trained_in_full:
-        names = ", ".join(list(adapter.trained_in_full)[:3])
+def _check_factors_only(adapters: Sequence[Adapter]) -> None:
+    names = list(dict.fromkeys(name for adapter in adapters for name in adapter.trained_in_full))
+    if names:
         raise LoRAError(
-            f"`adapters` must hold A and B only; one has {names} trained in full, whose values do not add up."
+            f"`adapters` must hold A and B only; some have {listed(names, ', ')} trained in full, whose values do not "
+            "add up."
         )

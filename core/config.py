@@ -15,7 +15,20 @@ ALL_LINEAR = "all-linear"
 class LoRAConfig(Config):
     """Which matrices get ΔW = scaling · B·A, and of what form.
 
-    Source: Hu et al. 2021, arXiv:2106.09685, §4.1 (the method) and §4.2 (which matrices).
+    Where each setting comes from:
+
+        r, alpha: Hu et al. 2021, arXiv:2106.09685, §4.1.
+        dropout: The authors' code, loralib, which drops of x before A.
+        target_modules: Hu et al. 2021, §4.2 and §7.1: the attention's query and value. All linear ones: Dettmers
+            et al. 2023, arXiv:2305.14314, §4.
+        exclude_modules, layers, rank_pattern, alpha_pattern: The peft library, where layers is layers_to_transform;
+            that a rank may be each matrix's own is Zhang et al. 2023, arXiv:2303.10512.
+        scaling: Hu et al. 2021, §4.1; rslora is Kalajdzievski 2023, arXiv:2312.03732.
+        init: Hu et al. 2021, §4.1 (gaussian) and loralib (kaiming); pissa is Meng et al. 2024, arXiv:2404.02948;
+            olora is Büyükakyüz 2024, arXiv:2406.01775.
+        dora: Liu et al. 2024, arXiv:2402.09353.
+        bias: loralib, of the same three words; biases alone are Ben Zaken et al. 2021, arXiv:2106.10199.
+        modules_to_save: The peft library; loralib's examples train a classifier's head so.
     """
 
     r: int = setting(
@@ -142,7 +155,17 @@ class LoRAConfig(Config):
 
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    """How the adapter is trained: AdamW on A and B only."""
+    """How the adapter is trained: AdamW on what the adapter's settings name, and on nothing else.
+
+    Where the settings that are not every trainer's come from:
+
+        learning_rate, schedule, warmup_steps, weight_decay: AdamW is Loshchilov and Hutter 2017, arXiv:1711.05101; a
+            linear fall after a warm-up is Hu et al. 2021, arXiv:2106.09685, app. D.
+        lora_plus_ratio: LoRA+, Hayou et al. 2024, arXiv:2402.12354.
+        clip_norm: Pascanu et al. 2012, arXiv:1211.5063.
+        activation_checkpointing: Chen et al. 2016, arXiv:1604.06174.
+        patience: Prechelt 1998, Early Stopping – But When?
+    """
 
     steps: int = setting(
         60,

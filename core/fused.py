@@ -189,3 +189,5 @@ _FUSED: dict[str, Callable[[tuple[int, int], Any], Parts]] = {
     "Wqkv": _equal("q", "k", "v"),
     "Wi": _equal("input", "gate"),
 }
+FUSED_NAMES = frozenset(_FUSED)
+"""What models call the projections whose slices are known."""

@@ -433,7 +433,8 @@ class LoRAConv(LoRALayer):
     form = "convolution"
 
     def _layout(self) -> Layout:
-        return Layout("convolution", kernel=tuple(self.weight.shape[1:]))
+        conv: Any = self.base_layer
+        return Layout("convolution", kernel=tuple(self.weight.shape[1:]), groups=conv.groups)
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
         conv: Any = self.base_layer

@@ -18,6 +18,7 @@ class Layout:
     Attributes:
         form: "linear", "embedding", "convolution", "slice" of a fused projection, or "expert" out of a stack.
         kernel: Of a convolution, its kernel without the output channels: (in_channels / groups, k, …).
+        groups: Of a convolution, into how many its channels are divided.
         rows: Of a slice, (num_rows) int64, its output features in the whole projection.
         num_rows: Of a slice, the output features of the whole projection.
         transposed: Whether the layer is a `Conv1D`, whose weight lies as (in, out); PEFT's files say so, too.
@@ -27,6 +28,7 @@ class Layout:
 
     form: str = "linear"
     kernel: tuple[int, ...] = ()
+    groups: int = 1
     rows: Tensor | None = None
     num_rows: int = 0
     transposed: bool = False

@@ -1,4 +1,4 @@
-"""Slices and experts, joined to the one pair of A and B that PEFT's files have of a whole, and taken apart again."""
+"""Slices, experts and groups, joined to the one pair of A and B that PEFT's files have of a whole, and taken apart."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -39,6 +39,13 @@ def join_slices(factors: Mapping[str, Factors]) -> tuple[dict[str, Factors], dic
             for path, f in zip(paths, parts, strict=True)
         ]
     return joined, slices
+
+
+def as_whole(f: Factors) -> Factors:
+    """Returns the update of a slice as one of its whole projection, which is 0 in the other rows."""
+    B = f.B.new_zeros(f.layout.num_rows, f.r)
+    B[f.layout.rows] = f.B
+    return Factors(f.A, B, f.scaling, Layout(transposed=f.layout.transposed))
 
 
 def join_magnitudes(
@@ -154,3 +161,39 @@ def experts_apart(stack: str, joined: Factors, r: int, note: dict[str, Any] | No
         own_B = B[:, :own, index].contiguous()
         found[f"{stack}.{index}"] = Factors(A[index, :own], own_B if factor == 1 else own_B / factor, scaling, layout)
     return found
+
+
+def join_groups(f: Factors) -> Tensor:
+    """Returns A of a convolution as a kernel of PEFT's, (groups · r, in_channels, k, …).
+
+    There A reads all channels and only B has groups; so A stands once for each group, in the channels that it has.
+    """
+    A, groups = f.A.view(f.r, *f.layout.kernel), f.layout.groups
+    if groups == 1:
+        return A
+    width = A.shape[1]
+    whole = A.new_zeros(groups * f.r, groups * width, *A.shape[2:])
+    for group in range(groups):
+        whole[group * f.r : (group + 1) * f.r, group * width : (group + 1) * width] = A
+    return whole
+
+
+def groups_apart(A: Tensor, B: Tensor, groups: int) -> tuple[Tensor, Tensor] | None:
+    """Returns A (r, in_channels / groups, k, …) and B (out, r) of what PEFT's layer with groups computes.
+
+    None where some group reads what is another's, which a kernel of a convolution with groups cannot do. Where each
+    group has an A of its own, they lie on each other, and r is the file's.
+    """
+    if A.shape[1] % groups or B.shape[0] % groups:
+        return None
+    r, width = A.shape[0] // groups, A.shape[1] // groups
+    blocks = A.unflatten(0, (groups, r)).unflatten(2, (groups, width))
+    own = torch.stack([blocks[group, :, group] for group in range(groups)])
+    if blocks.count_nonzero() != own.count_nonzero():
+        return None
+    if all(torch.equal(one, own[0]) for one in own):
+        return own[0], B
+    apart, size = B.new_zeros(B.shape[0], groups * r), B.shape[0] // groups
+    for group in range(groups):
+        apart[group * size : (group + 1) * size, group * r : (group + 1) * r] = B[group * size : (group + 1) * size]
+    return own.flatten(0, 1), apart

@@ -53,6 +53,22 @@ FORMS = {
             "alpha_pattern": {"q_proj": 3, r"layers\.0\.mlp\..*": 9},
         },
     ),
+    "DoRA": ("llama", {"r": 4, "target_modules": ("q_proj", "up_proj"), "dora": True}),
+    "DoRA and rslora": (
+        "llama",
+        {"r": 4, "alpha": 6, "dora": True, "scaling": "rslora", "rank_pattern": {"q_proj": 2}},
+    ),
+    "Conv1D, DoRA": ("gpt2", {"r": 4, "target_modules": ("c_attn", "mlp.c_proj"), "dora": True}),
+    "embedding": ("llama", {"r": 4, "target_modules": ("embed_tokens", "q_proj"), "rank_pattern": {"q_proj": 2}}),
+    "embedding, DoRA": ("gpt2", {"r": 4, "target_modules": ("wpe", "c_attn"), "dora": True}),
+    "modules_to_save": ("llama", {"r": 2, "target_modules": ("q_proj",), "modules_to_save": ("lm_head", "norm")}),
+    "exceptions": (
+        "llama",
+        {"r": 4, "target_modules": ("q_proj", "v_proj"), "exclude_modules": r".*layers\.0\..*v_.*"},
+    ),
+    "one layer": ("llama", {"r": 4, "target_modules": ("q_proj", "v_proj"), "layers": "1"}),
+    "biases of the adapted": ("gpt2", {"r": 4, "target_modules": ("c_attn",), "bias": "lora_only"}),
+    "all biases": ("gpt2", {"r": 4, "target_modules": ("c_attn",), "bias": "all"}),
     "Conv1D, one name": ("gpt2", {"r": 4, "target_modules": ("c_attn",)}),
     "Conv1D, all linear": ("gpt2", {"r": 4, "rank_pattern": {"attn.c_proj": 2}, "alpha_pattern": {"c_fc": 3}}),
 }
@@ -66,6 +82,10 @@ def peft_config(name, values):
     renamed["init_lora_weights"] = values.pop("init", "kaiming") == "kaiming" or "gaussian"
     targets = values.pop("target_modules", "all-linear")
     renamed["target_modules"] = targets if isinstance(targets, str) else list(targets)
+    if "layers" in values:
+        renamed["layers_to_transform"] = [int(layer) for layer in values.pop("layers").split(",")]
+    renamed["use_dora"] = values.pop("dora", False)
+    renamed["modules_to_save"] = list(values.pop("modules_to_save", ())) or None
     return peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=name == "gpt2", **renamed, **values)
 
 
@@ -73,14 +93,24 @@ def loaded_by_peft(model, folder):
     return peft.PeftModel.from_pretrained(model, folder).eval()
 
 
+def trained(model, seed=0):
+    """Moves all that is trained, ours or PEFT's, as training would: B from zero, lengths, heads and biases a little."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+    return model
+
+
 @pytest.fixture
-def adapted(build, perturb):
+def adapted(build):
     """adapted(name, seed=0, **settings): a model with an adapter whose ΔW is not zero."""
 
     def make(name="llama", seed=0, **values):
         model = build(name)
         inject(model, LoRAConfig(**({"r": 2} | values)), seed=seed)
-        return perturb(model, seed)
+        return trained(model, seed)
 
     return make
 
@@ -115,9 +145,8 @@ def test_peft_computes_the_same_from_the_files_that_we_save(adapted, build, toke
 
 
 @in_every_form
-def test_we_compute_the_same_from_the_files_that_peft_saves(build, perturb, tokens, logits, tmp_path, name, values):
-    theirs = peft.get_peft_model(build(name), peft_config(name, values)).eval()
-    perturb(theirs)
+def test_we_compute_the_same_from_the_files_that_peft_saves(build, tokens, logits, tmp_path, name, values):
+    theirs = trained(peft.get_peft_model(build(name), peft_config(name, values)).eval())
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     model = build(name)
     adapter = Adapter.load(tmp_path / "adapter")
@@ -138,7 +167,9 @@ def test_a_config_of_peft_injects_the_same_ranks_and_scalings_here(build, tmp_pa
     planned = {t.path: (t.r, t.scaling) for t in plan(build(name), adapter.config).targets}
     assert planned == {path: (f.r, pytest.approx(f.scaling)) for path, f in adapter.factors.items()}
     asked = LoRAConfig(**values)
-    for same in ("r", "alpha", "dropout", "scaling", "init", "rank_pattern", "alpha_pattern"):
+    saved = {name for name in adapter.trained_in_full if not name.endswith(".bias")}
+    assert saved == {n for n in plan(build(name), adapter.config).trained_in_full if not n.endswith(".bias")}
+    for same in ("r", "alpha", "dropout", "scaling", "init", "rank_pattern", "alpha_pattern", "dora", "bias", "layers"):
         assert getattr(adapter.config, same) == getattr(asked, same)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from core import (
     Adapter,
     Factors,
+    Layout,
     LoRAConfig,
     LoRAError,
     difference,
@@ -80,7 +81,8 @@ def test_an_adapter_equals_itself_in_any_basis_and_no_other(adapter, seed):
     generator = torch.Generator().manual_seed(seed)
     turned = {}
     for path, f in adapter.factors.items():
-        G = torch.linalg.qr(torch.randn(f.r, f.r, generator=generator, dtype=torch.float64))[0] * 3
+        U, V = (torch.linalg.qr(torch.randn(f.r, f.r, generator=generator, dtype=torch.float64))[0] for _ in "UV")
+        G = U @ torch.empty(f.r, dtype=torch.float64).uniform_(0.2, 5, generator=generator).diag() @ V
         A, B = torch.linalg.inv(G) @ f.A.double(), f.B.double() @ G
         turned[path] = Factors(A.float(), B.float(), f.scaling)
     other = replace(adapter, factors=turned)
@@ -115,6 +117,83 @@ def test_truncation_by_energy_keeps_that_share_with_the_fewest_directions(adapte
             assert kept >= energy * found.norm**2 * (1 - 1e-5)
 
 
+@quick
+@given(adapters(), adapters(), adapters(), st.floats(-3, 3), st.floats(-3, 3))
+def test_adapters_are_vectors(first, second, third, u, v):
+    """The product is symmetric and linear, and the norm is its own; sums may be taken in any order."""
+    size = norm(first) * norm(third) * abs(u) + norm(second) * norm(third) * abs(v) + 1e-9
+    total = weighted_sum([first, second], [u, v])
+    parts = u * inner_product(first, third) + v * inner_product(second, third)
+    assert inner_product(total, third) == pytest.approx(parts, rel=1e-5, abs=1e-5 * size)
+    assert inner_product(first, second) == pytest.approx(inner_product(second, first), rel=1e-12, abs=1e-12)
+    assert inner_product(first, first) == pytest.approx(norm(first) ** 2, rel=1e-9, abs=1e-12)
+    assert abs(inner_product(first, second)) <= norm(first) * norm(second) * (1 + 1e-9) + 1e-12
+    assert distance(first, third) <= distance(first, second) + distance(second, third) + 1e-9
+    assert equal(total, weighted_sum([second, first], [v, u]), tolerance=1e-5)
+    assert norm(difference(first, first)) <= 1e-6 * norm(first)
+
+
+def fused(paths, seed):
+    """An adapter of a projection with rows 0-3 of its q and 4-7 of its k, and of the whole."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for path in paths:
+        rows = {"c.q": torch.arange(4), "c.k": torch.arange(4, 8)}.get(path)
+        layout = Layout() if rows is None else Layout("slice", rows=rows, num_rows=8)
+        A = torch.randn(2, 5, generator=generator)
+        B = torch.randn(8 if rows is None else 4, 2, generator=generator)
+        factors[path] = Factors(A, B, 0.5 + seed, layout)
+    return Adapter(LoRAConfig(), factors)
+
+
+def whole_of(adapter):
+    delta = torch.zeros(8, 5, dtype=torch.float64)
+    for f in adapter.factors.values():
+        rows = slice(None) if f.layout.rows is None else f.layout.rows
+        delta[rows] += f.scaling * f.B.double() @ f.A.double()
+    return delta
+
+
+SLICED = st.lists(st.sampled_from(["c", "c.q", "c.k"]), min_size=1, unique=True)
+
+
+@quick
+@given(SLICED, SLICED, st.floats(-2, 2), st.floats(-2, 2))
+def test_slices_are_parts_of_their_projection_where_another_has_it_whole(one, other, u, v):
+    first, second = fused(one, 1), fused(other, 2)
+    mine, yours = whole_of(first), whole_of(second)
+    total = weighted_sum([first, second], [u, v])
+    torch.testing.assert_close(whole_of(total), u * mine + v * yours, rtol=1e-5, atol=1e-5)
+    assert not ("c" in total.factors and len(total.factors) > 1)
+    assert inner_product(first, second) == pytest.approx(float((mine * yours).sum()), rel=1e-9, abs=1e-9)
+    assert distance(first, second) == pytest.approx(float((mine - yours).norm()), rel=1e-9, abs=1e-9)
+
+
+def test_an_adapter_of_slices_equals_what_peft_makes_of_it(build, perturb, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from core import inject
+
+    model = build("gpt2")
+    inject(model, LoRAConfig(r=2, target_modules=("c_attn.q", "c_attn.v"), alpha_pattern={"v": 5}))
+    adapter = Adapter.from_model(perturb(model))
+    adapter.save(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file), file)  # without our notes, as PEFT saves it again
+    theirs = Adapter.load(tmp_path)
+    assert set(theirs.factors) == {path.rpartition(".")[0] for path in adapter.factors}
+    assert equal(adapter, theirs) and not equal(adapter, weighted_sum([theirs], [1.001]))
+
+
+def test_what_is_trained_in_full_must_be_equal_too():
+    head = {"head.weight": torch.ones(2)}
+    first = replace(ONE, trained_in_full=head)
+    assert equal(first, replace(ONE, trained_in_full={"head.weight": torch.ones(2)}))
+    assert not equal(first, ONE)
+    assert not equal(first, replace(ONE, trained_in_full={"head.weight": torch.tensor([1.0, 1.001])}))
+    assert not equal(first, replace(ONE, trained_in_full={"head.weight": torch.ones(1)}))
+
+
 def test_a_sum_of_adapters_of_one_model_is_applied_saved_and_loaded(build, perturb, tokens, logits, tmp_path):
     from core import inject, lora_layers
 
@@ -137,6 +216,9 @@ def test_a_sum_of_adapters_of_one_model_is_applied_saved_and_loaded(build, pertu
 
 ONE = Adapter(LoRAConfig(), {"a": Factors(torch.ones(1, 5), torch.ones(7, 1), 1.0)})
 WIDE = Adapter(LoRAConfig(), {"a": Factors(torch.ones(1, 6), torch.ones(7, 1), 1.0)})
+SLICE_F = Factors(torch.ones(1, 5), torch.ones(4, 1), 1.0, Layout("slice", rows=torch.arange(4), num_rows=8))
+SLICE = Adapter(LoRAConfig(), {"c.q": SLICE_F})
+OTHER_ROWS = Layout("slice", rows=torch.arange(0, 8, 2), num_rows=8)
 DORA = replace(ONE, magnitudes={"a": torch.ones(7)})
 
 
@@ -147,9 +229,20 @@ DORA = replace(ONE, magnitudes={"a": torch.ones(7)})
         (lambda: weighted_sum([], []), r"`weights` \(=0 numbers\)"),
         (lambda: weighted_sum([ONE], [math.nan]), r"`weights` .* must be finite numbers"),
         (lambda: weighted_sum([ONE, WIDE], [1, 1]), r"must fit one model: a is \(7, 5\) and \(7, 6\)"),
+        (
+            lambda: distance(SLICE, replace(SLICE, factors={"c.q": replace(SLICE_F, layout=OTHER_ROWS)})),
+            r"must fit one model: c\.q is of other rows in each",
+        ),
+        (
+            lambda: weighted_sum([replace(ONE, trained_in_full=dict.fromkeys("abcde", torch.ones(1)))], [1]),
+            "some have a, b, c, d, e trained in full",
+        ),
         (lambda: distance(ONE, WIDE), r"must fit one model"),
         (lambda: inner_product(ONE, DORA), r"must not hold one of DoRA's"),
-        (lambda: weighted_sum([replace(ONE, trained_in_full={"h": torch.ones(1)})], [1]), r"one has h trained in full"),
+        (
+            lambda: weighted_sum([replace(ONE, trained_in_full={"h": torch.ones(1)})], [1]),
+            r"some have h trained in full",
+        ),
         (lambda: truncate(ONE), r"`rank` \(=None\) or `energy` \(=None\) must be given"),
         (lambda: truncate(ONE, rank=1, energy=0.5), r"must be given, and not both"),
         (lambda: truncate(ONE, rank=0), r"`rank` \(=0\) must be at least 1"),

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,13 @@ def test_defaults_are_valid_and_every_setting_explains_itself(config):
         assert s.problem(s.default) is None
         assert s.label and s.help.endswith(".")
         assert getattr(config(), s.name) == s.default
+
+
+def test_the_docstring_says_where_each_setting_comes_from():
+    sources = dict(re.findall(r"(?m)^ {8}([a-z_A-Z, ]+): (.+)$", LoRAConfig.__doc__ or ""))
+    told = [name for names in sources for name in names.split(", ")]
+    assert sorted(told) == sorted(s.name for s in settings(LoRAConfig))
+    assert "lora_plus_ratio: LoRA+, Hayou et al. 2024, arXiv:2402.12354" in (TrainConfig.__doc__ or "")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """loralib's files: tensors are read, code is not run, and what a file does not say is asked for."""
 
+import copy
 import os
 import pickle
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
 
 from core import Adapter, AdapterFileError, spectrum
 
@@ -108,3 +111,79 @@ def test_the_authors_adapter_of_roberta_for_mnli_fits_the_model_and_is_nearly_of
     assert torch.equal(model.classifier.out_proj.weight, adapter.trained_in_full["classifier.out_proj.weight"])
     last = spectrum(adapter.factors["roberta.encoder.layer.11.attention.self.query"])
     assert last.energy(1) > 0.95
+
+
+# The forms that only loralib has, computed as its own code does: MergedLinear's grouped product, ConvLoRA's view.
+
+
+def merged_linear(A, B, r, enabled, num_features):
+    """ΔW of loralib's `MergedLinear`: a grouped 1 × 1 convolution of A by B, laid into the thirds that are adapted."""
+    parts = sum(enabled)
+    delta = F.conv1d(A.unsqueeze(0), B.unsqueeze(-1), groups=parts).squeeze(0)
+    rows = torch.zeros(len(enabled), num_features // len(enabled), dtype=torch.bool)
+    rows[torch.tensor(enabled)] = True
+    whole = torch.zeros(num_features, A.shape[1])
+    whole[rows.view(-1)] = delta
+    return whole
+
+
+@pytest.mark.parametrize("parts", [("q", "v"), ("q", "k", "v"), ("v",), ("k", "v")], ids="".join)
+def test_a_fused_projection_of_loralib_s_becomes_the_slices_that_are_named(build, tokens, logits, tmp_path, parts):
+    r, generator = 2, torch.Generator().manual_seed(0)
+    table, dense = {}, build("gpt2")
+    for layer in range(2):
+        path = f"transformer.h.{layer}.attn.c_attn"
+        A = torch.randn(r * len(parts), 32, generator=generator)
+        B = 0.1 * torch.randn(32 * len(parts), r, generator=generator)
+        table |= {f"{path}.lora_A": A, f"{path}.lora_B": B}
+        with torch.no_grad():
+            enabled = [name in parts for name in "qkv"]
+            dense.get_submodule(path).weight += 2.0 * merged_linear(A, B, r, enabled, 96).T
+    torch.save(table, tmp_path / "lora.bin")
+    adapter = Adapter.load(tmp_path / "lora.bin", scaling=2.0, parts=parts)
+    assert {path.rpartition(".")[2] for path in adapter.factors} == set(parts) and adapter.config.r == r
+    model = build("gpt2")
+    adapter.apply(model)
+    torch.testing.assert_close(logits(model, tokens), logits(dense, tokens), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(model, tokens), logits(build("gpt2"), tokens), atol=1e-2)
+    adapter.save(tmp_path / "folder")
+    again = build("gpt2")
+    Adapter.load(tmp_path / "folder").apply(again)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+@pytest.mark.parametrize("parts", [None, ("q",), ("q", "k", "v")])
+def test_which_slices_a_fused_projection_has_is_asked_for(tmp_path, parts):
+    shapes = {"lora_A": (4, 6), "lora_B": (12, 2)}
+    table = {f"h.{i}.c_attn.{half}": torch.ones(shape) for i in range(3) for half, shape in shapes.items()}
+    torch.save(table, tmp_path / "lora.bin")
+    message = r"h\.0-2\.c_attn has 2 slices of a fused projection that the file does not name; `parts` \(=.*\) must, in"
+    with pytest.raises(AdapterFileError, match=message):
+        Adapter.load(tmp_path / "lora.bin", scaling=2.0, parts=parts)
+
+
+@pytest.mark.parametrize(("groups", "kernel"), [(1, 3), (1, 1), (1, 2), (3, 3)])
+def test_a_convolution_of_loralib_s_is_laid_out_anew_for_the_model_s(tmp_path, groups, kernel):
+    """loralib has B·A, (out / groups · k, in · k), in the order of the weight's own numbers."""
+    torch.manual_seed(0)
+    r, x = 2, torch.randn(2, 6, 7, 7)
+    base = nn.Conv2d(6, 9, kernel, groups=groups)
+    A, B = torch.randn(r * kernel, 6 * kernel), torch.randn(9 // groups * kernel, r * kernel)
+    dense = copy.deepcopy(base)
+    with torch.no_grad():
+        dense.weight += 0.5 * (B @ A).view(base.weight.shape)
+    torch.save({"0.lora_A": A, "0.lora_B": B}, tmp_path / "lora.bin")
+    model = nn.Sequential(copy.deepcopy(base))
+    Adapter.load(tmp_path / "lora.bin", scaling=0.5).apply(model)
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-4)
+    Adapter.from_model(model).save(tmp_path / "folder")
+    again = nn.Sequential(copy.deepcopy(base))
+    Adapter.load(tmp_path / "folder").apply(again)
+    torch.testing.assert_close(again(x), dense(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_convolution_of_loralib_s_that_fits_no_kernel_here_is_refused(tmp_path):
+    torch.save({"0.lora_A": torch.ones(2, 6), "0.lora_B": torch.ones(9, 2)}, tmp_path / "lora.bin")
+    model = nn.Sequential(nn.Conv2d(6, 9, 3))
+    with pytest.raises(AdapterFileError, match="0 is 9 × 54 in the model and 9 × 6 in the adapter"):
+        Adapter.load(tmp_path / "lora.bin", scaling=2.0).apply(model)

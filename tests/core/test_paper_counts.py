@@ -1,5 +1,9 @@
 """The trainable parameters that the paper states, counted on models that hold no weights."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -68,3 +72,25 @@ def test_the_paper_s_counts_come_out_planned_and_injected_without_a_weight(make,
     assert inject(model, config).num_trainable == stated
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == stated
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_a_model_of_gpt_3_s_shape_is_counted_in_five_seconds_and_two_gigabytes():
+    """In a process of its own, as memory has one peak in a process; what is imported counts for memory, not for time.
+
+    Time is that of the processor, so that what else the machine does is not held against it.
+    """
+    code = """
+import json, time, torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from core import LoRAConfig, peak_memory_bytes, plan
+begin = time.process_time()
+with torch.device("meta"):
+    model = GPT2LMHeadModel(GPT2Config(n_embd=12288, n_layer=96, n_head=96))
+found = plan(model, LoRAConfig(r=8, target_modules=("c_attn.q", "c_attn.v")))
+seconds = time.process_time() - begin
+print(json.dumps([found.num_trainable, found.num_parameters, seconds, peak_memory_bytes(torch.device("cpu"))]))
+"""
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    trainable, parameters, seconds, peak = json.loads(told)
+    assert trainable == 37_748_736 and 174e9 < parameters < 176e9
+    assert seconds < 5 and peak < 2e9

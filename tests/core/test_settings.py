@@ -8,6 +8,7 @@ from torch import nn
 
 from core import (
     Adapter,
+    AdapterFileError,
     LoRAConfig,
     LoRAError,
     TargetError,
@@ -250,3 +251,96 @@ def test_peft_reads_a_convolution_that_was_trained_here(tmp_path, perturb):
     torch.testing.assert_close(model[0](x), theirs[0](x), rtol=1e-5, atol=1e-5)
     y = torch.randn(2, 6, 9)
     torch.testing.assert_close(model[2](y), theirs[2](y), rtol=1e-5, atol=1e-5)
+
+
+GROUPS = {
+    "two groups": lambda: nn.Conv2d(6, 8, 3, groups=2, stride=2),
+    "depthwise": lambda: nn.Conv1d(4, 4, 3, groups=4, padding=1),
+    "two groups in space": lambda: nn.Conv3d(4, 6, 2, groups=2, bias=False),
+}
+
+
+def grouped(name: str) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    layer = GROUPS[name]()
+    return nn.Sequential(layer), torch.randn(2, layer.in_channels, *(7 for _ in layer.kernel_size))
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+@pytest.mark.parametrize("name", GROUPS)
+def test_peft_reads_a_convolution_with_groups_that_was_trained_here_and_it_comes_back(tmp_path, perturb, name):
+    """There A reads all channels: ours stands in it once for each group, in those that the group has."""
+    from peft import PeftModel
+
+    model, x = grouped(name)
+    base = model(x)
+    inject(model, LoRAConfig(r=2, alpha=3, target_modules=("0",)))
+    adapter = Adapter.from_model(perturb(model))
+    adapter.save(tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(grouped(name)[0], tmp_path / "ours").base_model.model
+    torch.testing.assert_close(model(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(x), base, atol=1e-2)
+    loaded, f = Adapter.load(tmp_path / "ours"), adapter.factors["0"]
+    assert torch.equal(loaded.factors["0"].A, f.A) and torch.equal(loaded.factors["0"].B, f.B)
+    assert loaded.factors["0"].scaling == pytest.approx(f.scaling)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups:UserWarning")
+def test_a_convolution_of_peft_s_is_read_where_its_groups_read_only_what_is_theirs(tmp_path, perturb):
+    from peft import LoraConfig, get_peft_model
+
+    fresh, x = grouped("two groups")
+    theirs = get_peft_model(grouped("two groups")[0], LoraConfig(r=4, target_modules=["0"]))
+    perturb(theirs)
+    theirs.save_pretrained(tmp_path / "crossed")
+    with pytest.raises(
+        AdapterFileError, match=r"0: A \(4, 6, 3, 3\) .* of 2 groups read inputs of other groups, which"
+    ):
+        Adapter.load(tmp_path / "crossed")
+    with torch.no_grad():
+        A = theirs.base_model.model[0].lora_A["default"].weight
+        A[:2, 3:], A[2:, :3] = 0.0, 0.0
+    theirs.save_pretrained(tmp_path / "apart")
+    Adapter.load(tmp_path / "apart").apply(fresh)
+    torch.testing.assert_close(fresh(x), theirs(x), rtol=1e-5, atol=1e-5)
+    merged = merged_copy(fresh)  # which PEFT cannot do
+    torch.testing.assert_close(merged(x), theirs(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(fresh(x), grouped("two groups")[0](x), atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*changes the base weights of the model:UserWarning")  # PEFT loads the start beside
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_what_started_from_w0_s_own_directions_goes_to_peft_and_comes_from_it_as_the_true_update(
+    build, tokens, logits, tmp_path, start, rslora
+):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def move(model):
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += 0.1 * torch.randn(p.shape, generator=generator)
+        return model
+
+    base = logits(build("llama"), tokens)
+    model = build("llama")
+    inject(model, LoRAConfig(r=2, target_modules=QV, init=start, scaling="rslora" if rslora else "standard"))
+    Adapter.from_model(move(model)).save(tmp_path / "ours")
+    read = PeftModel.from_pretrained(build("llama"), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(read, tokens), logits(model, tokens), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(model, tokens), base, atol=1e-2)
+
+    wanted = LoraConfig(r=2, lora_alpha=16, target_modules=list(QV), init_lora_weights=start, use_rslora=rslora)
+    theirs = get_peft_model(build("llama"), wanted).eval()
+    theirs.peft_config["default"].init_lora_weights = True  # what PEFT's guide says to do, so that the start is kept
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = start
+    move(theirs).save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=tmp_path / "start")
+    fresh = build("llama")
+    adapter = Adapter.load(tmp_path / "theirs")
+    adapter.apply(fresh)
+    assert {f.r for f in adapter.factors.values()} == {4}
+    torch.testing.assert_close(logits(fresh, tokens), logits(theirs, tokens), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(fresh, tokens), base, atol=1e-2)

@@ -87,14 +87,37 @@ def test_autocast_agrees_up_to_its_precision_and_keeps_float32_gradients(adapted
     assert {g.dtype for g in grads.values()} == {torch.float32}
 
 
+# Raised by torch itself, where inductor first looks at the processor's own kernels.
+INDUCTOR = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
+@INDUCTOR
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("adapted", [("llama", "pissa"), ("gpt2", "dora")], indirect=True, ids="-".join)
-def test_a_compiled_model_computes_the_same_and_has_the_same_gradients(adapted, tokens, logits):
+def test_a_compiled_model_computes_the_same_and_has_the_same_gradients(adapted, tokens, logits, backend):
+    """Every compiler starts from the graph of "aot_eager"; "inductor" makes machine code of it, which takes minutes."""
     expected, grads = logits(adapted, tokens), backward(adapted, tokens)
     torch._dynamo.reset()
-    compiled = torch.compile(adapted, backend="aot_eager")  # the graph that every compiler starts from
+    compiled = torch.compile(adapted, backend=backend)
     torch.testing.assert_close(compiled(input_ids=tokens).logits.detach(), expected, rtol=1e-5, atol=1e-5)
-    for name, gradient in backward(compiled, tokens).items():
+    found = backward(compiled, tokens)
+    assert len(found) == len(grads)
+    for name, gradient in found.items():
         torch.testing.assert_close(gradient, grads[name.removeprefix("_orig_mod.")], rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@INDUCTOR
+def test_a_model_that_inductor_compiled_is_merged_and_unmerged_and_computes_the_same(build, perturb, tokens, logits):
+    model = build("llama")
+    inject(model, LoRAConfig(r=2, target_modules=TARGETS["llama"]))
+    expected = logits(perturb(model), tokens)
+    torch._dynamo.reset()
+    compiled = torch.compile(model)
+    for change in (lambda _: None, merge, unmerge):
+        change(model)
+        torch.testing.assert_close(logits(compiled, tokens), expected, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
 

@@ -1,6 +1,10 @@
 import pytest
+import torch
 
+from core import FORMS, LoRAConfig, adaptable, plan
 from studio.matrices import MatrixKind, kinds, layer_and_matrix, presets, split_path
+from studio.tabs.model import label, targets
+from tests.core.families import FAMILIES
 
 QUERY_VALUE, ATTENTION, ALL = "Query and value (the paper)", "All attention", "All linear"
 LLAMA = {
@@ -109,6 +113,21 @@ def test_presets_know_a_familys_names_and_leave_the_head_out(layer, query_value,
         ATTENTION: set(attention),
         ALL: set(layer),
     }
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.slices])
+def test_the_picker_offers_the_slices_of_a_fused_projection_and_the_paper_s_choice_takes_them(name):
+    family = FAMILIES[name]
+    with torch.device("meta"):
+        skeleton = family.make()
+    found = [kind for form in FORMS for kind in kinds(adaptable(skeleton, [form]), form)]
+    offered = {kind.name: label(kind) for kind in found if kind.form == "slice"}
+    assert set(offered) == set(family.slices)
+    assert all(words.endswith(f" · part of {kind.rpartition('.')[0]}") for kind, words in offered.items())
+    chosen = targets("Query and value (the paper)", presets(found)[QUERY_VALUE], "")
+    planned = plan(skeleton, LoRAConfig(r=2, target_modules=chosen))
+    wanted = {path for path in family.everywhere(family.slices) if path.endswith(family.query_and_value)}
+    assert {t.path for t in planned.targets} == wanted and wanted
 
 
 def test_where_query_and_value_are_fused_there_is_no_preset_for_them():
