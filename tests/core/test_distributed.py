@@ -46,7 +46,8 @@ def same_to_rounding(one: dict, other: dict) -> None:
     assert (a["step"], a["num_rows"], a["tensors"].keys()) == (b["step"], b["num_rows"], b["tensors"].keys())
     for name, tensor in a["tensors"].items():
         if not name.endswith("exp_avg_sq"):
-            torch.testing.assert_close(tensor, b["tensors"][name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: n + m)
+            # As a whole: of an entry whose gradient is near zero, AdamW makes a step of rounding alone.
+            assert (tensor - b["tensors"][name]).norm() <= 2e-4 * tensor.norm() + 1e-7, name
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "dropout"])
