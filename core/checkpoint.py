@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from core.errors import CheckpointError, listed
 from core.targets import lora_layers
 
+Moments = Mapping[nn.Parameter, Mapping[str, Tensor]]
+"""AdamW's state of each parameter: "step", "exp_avg" and "exp_avg_sq", these two like the parameter."""
+
 _FORMAT = "lora-studio checkpoint 2"
 
 
@@ -39,7 +42,7 @@ class Checkpoint:
     def of(
         cls,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        moments: Moments,
         step: int,
         num_rows: int,
         evaluations: list[tuple[int, float]],
@@ -47,7 +50,7 @@ class Checkpoint:
         """Takes a copy, on the CPU, of all that training moves, and of what "pissa" started from."""
         tensors = {}
         for name, p in _trained(model).items():
-            tensors |= {f"{name}/{key}": value for key, value in optimizer.state.get(p, {}).items()}
+            tensors |= {f"{name}/{key}": value for key, value in moments.get(p, {}).items()}
             tensors[name] = p
         tensors |= _starts(model)
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -63,8 +66,8 @@ class Checkpoint:
         kept = {name: tensor for name, tensor in self.tensors.items() if name.partition("/")[0] not in others}
         return replace(self, tensors=kept), others
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Puts everything back into a model that was adapted by the same settings, and into its fresh optimizer.
+    def restore(self, model: nn.Module) -> Moments:
+        """Puts everything back into a model that was adapted by the same settings; returns AdamW's moments.
 
         Raises:
             CheckpointError: The model trains other matrices, or of other shapes; both are left as they were.
@@ -91,10 +94,8 @@ class Checkpoint:
         for key, tensor in self.tensors.items():
             name, _, moment = key.partition("/")
             if moment:
-                moments.setdefault(trained[name], {})[moment] = tensor.clone()
-        order = [p for group in optimizer.param_groups for p in group["params"]]
-        state = {place: moments[p] for place, p in enumerate(order) if p in moments}
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+                moments.setdefault(trained[name], {})[moment] = tensor
+        return moments
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, whole or not at all.

@@ -245,6 +245,20 @@ class TrainConfig(Config):
         "Compute each layer twice instead of keeping what it gave: much less memory, about a third slower.",
         advanced=True,
     )
+    prefix_cache: Literal["off", "memory", "disk"] = setting(
+        "off",
+        "Keep the frozen layers' output",
+        "Where only upper layers are adapted, each row passes the layers below once, and what they give is kept: "
+        "tokens × hidden size × bytes per weight. Faster from the second epoch on, and at evaluations.",
+        choices=("off", "memory", "disk"),
+        advanced=True,
+    )
+    compile: bool = setting(
+        False,
+        "Compile",
+        "Let torch.compile write code for this model. Takes a minute or more at the start; for long runs on a GPU.",
+        advanced=True,
+    )
     eval_every: int = setting(
         10,
         "Evaluate every (steps)",

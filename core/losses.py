@@ -5,7 +5,7 @@ states without holding the logits. Whether it does is tried out on the model its
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from core.attention import Segments
 from core.fusion import Fusion, linear_of
 from core.kernels import linear_cross_entropy
+from core.prefix import Prefix
 
 IGNORED = -100
 """The label of a token that is not trained, as in torch's cross-entropy."""
@@ -42,16 +43,24 @@ class Losses(nn.Module):
         model: The model.
         fusion: To be entered for as long as a loss is computed and its gradient taken.
         way: How; the plain one until `choose` was called.
+        prefix: The frozen layers that a row passes once; None where each batch goes through all.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Takes an adapted model."""
+    def __init__(self, model: nn.Module, prefix: str = "off") -> None:
+        """Takes an adapted model.
+
+        Args:
+            model: The model.
+            prefix: Whether what the layers below the first adapted one give is kept: "off", "memory" or "disk".
+        """
         super().__init__()
         self.model, self.fusion, self.way = model, Fusion(model), Way()
+        self.prefix: Prefix | None = None
+        self._wants_prefix = prefix
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns what `token_losses` does."""
-        return token_losses(self.model, batch, self.way)
+        return token_losses(self.model, batch, self.way, self.prefix)
 
     @torch.no_grad()
     def choose(self) -> None:
@@ -67,19 +76,41 @@ class Losses(nn.Module):
             ways = [Way(packs, True) for packs in (True, False) if _gives_its_head_s_logits(self.model, batch)]
             exact = next(p.dtype for p in self.model.parameters() if not p.requires_grad) == torch.float32
             for way in (*ways, Way(packs=True)):
-                found = self._tried(batch, way)
-                if found is not None and torch.allclose(found, expected, rtol=1e-4 if exact else 3e-2, atol=1e-5):
+                if _agree(self._tried(batch, way), expected, exact=exact):
                     self.way = way
-                    return
+                    break
+            if self._wants_prefix != "off":
+                prefix = Prefix(self.model, on_disk=self._wants_prefix == "disk")
+                agrees = prefix.num_layers > 0 and _agree(self._tried(batch, self.way, prefix), expected, exact=exact)
+                device = next(self.model.parameters()).device
+                if agrees and prefix.is_constant(ids[0].to(device)):
+                    self.prefix = prefix
+                else:
+                    prefix.close()
 
-    def _tried(self, batch: Batch, way: Way) -> Tensor | None:
+    def close(self) -> None:
+        """Frees what was kept of the rows."""
+        if self.prefix is not None:
+            self.prefix.close()
+            self.prefix = None
+
+    def _tried(self, batch: Batch, way: Way, prefix: Prefix | None = None) -> Tensor | None:
         try:
-            return token_losses(self.model, batch, way)
+            return token_losses(self.model, batch, way, prefix)
         except (TypeError, ValueError, RuntimeError, KeyError):  # the model's code takes no such arguments
             return None
 
 
-def token_losses(model: nn.Module, batch: Batch, way: Way = Way()) -> Tensor:  # noqa: B008 (it is immutable)
+def _agree(found: Tensor | None, expected: Tensor, *, exact: bool) -> bool:
+    return found is not None and torch.allclose(found, expected, rtol=1e-4 if exact else 3e-2, atol=1e-5)
+
+
+def token_losses(
+    model: nn.Module,
+    batch: Batch,
+    way: Way = Way(),  # noqa: B008 (it is immutable)
+    prefix: Prefix | None = None,
+) -> Tensor:
     """Returns the cross-entropy of each trained token of `batch`, (num_trained_tokens), float32, in nats.
 
     Token t + 1 is predicted from the tokens up to t. Only positions that predict a trained token
@@ -92,17 +123,22 @@ def token_losses(model: nn.Module, batch: Batch, way: Way = Way()) -> Tensor:  #
     labels = batch["labels"][:, 1:]
     rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
     targets = labels[rows, columns]
-    lengths = _lengths(inputs) if way.packs else None
-    if lengths is None:
-        positions = rows * batch["labels"].shape[1] + columns
-    else:
+    lengths = _lengths(inputs)
+    seq = batch["labels"].shape[1]
+    is_packed = way.packs and lengths is not None and bool((lengths < seq).any())
+    hidden = None
+    if prefix is not None and lengths is not None:
+        kept = prefix.of([row[:n].cpu() for row, n in zip(inputs["input_ids"], lengths, strict=True)], device)
+        hidden = torch.cat(kept)[None] if is_packed else torch.stack([F.pad(h, (0, 0, 0, seq - len(h))) for h in kept])
+    if is_packed and lengths is not None:
         positions = (lengths.cumsum(0) - lengths)[rows] + columns
-        inputs = _packed(inputs, lengths)
-    inputs = {key: _to(value, device) for key, value in inputs.items()}
-    if lengths is not None:
-        inputs["segments"] = Segments(lengths, device)
+        inputs = {**_packed(inputs), "segments": Segments(lengths, device)}
+    else:
+        positions = rows * seq + columns
+    inputs = {key: _to(value, device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
     positions, targets = _to(positions, device), _to(targets, device)
-    with _at_head(model, positions, skips=way.skips_head) as head:
+    skipped = nullcontext() if prefix is None or hidden is None else prefix.skipped(hidden)
+    with skipped, _at_head(model, positions, skips=way.skips_head) as head:
         output = model(**inputs)
     found = getattr(output, "logits", output).flatten(0, 1)
     found = found if head is not None else found[positions]
@@ -119,14 +155,15 @@ def _to(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _lengths(inputs: Batch) -> Tensor | None:
-    """Returns the rows' lengths; None where there is no padding to leave out, or it is not at the right."""
+    """Returns the rows' lengths; None where nobody says them, or padding stands anywhere but at the right."""
     mask = inputs.get("attention_mask")
-    if mask is None or mask.dim() != 2 or bool(mask.all()) or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
+    if mask is None or mask.dim() != 2 or not bool((mask[:, 1:] <= mask[:, :-1]).all()):
         return None
-    return mask.sum(1)
+    lengths = mask.sum(1)
+    return lengths if bool(lengths.all()) else None
 
 
-def _packed(inputs: Batch, lengths: Tensor) -> dict[str, Any]:
+def _packed(inputs: Batch) -> dict[str, Any]:
     """Returns the arguments of a model for rows that lie one after the other."""
     real = inputs["attention_mask"].bool()
     packed = {key: value[real].unsqueeze(0) for key, value in inputs.items()}

@@ -5,7 +5,6 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from core.devices import memory_bytes, memory_source, peak_memory_bytes
 from core.distributed import World
 from core.errors import ExplodedGradientError, LoRAError, NonFiniteLossError
 from core.events import Evaluated, Event, Finished, Started, Step
+from core.flat import Flat
 from core.losses import IGNORED, Batch, Losses
 from core.nonfinite import first_in_forward, first_in_gradients, first_in_weights, longest_in_gradients
 from core.targets import count_parameters, lora_layers
@@ -45,6 +45,7 @@ class Training(Iterator[Event]):
         self._model, self._batches, self._config, self._eval_batches = model, batches, config, eval_batches
         self._start, self._world = start, world
         self._optimizer: torch.optim.Optimizer | None = None
+        self._flats: list[Flat] = []
         self.step = start.step if start else 0
         self.num_rows = start.num_rows if start else 0
         self.evaluations = list(start.evaluations) if start else []
@@ -71,24 +72,30 @@ class Training(Iterator[Event]):
         """
         if self._optimizer is None:
             raise LoRAError("`train` must have given its first event before a checkpoint can be taken; call next().")
-        return Checkpoint.of(self._model, self._optimizer, self.step, self.num_rows, self.evaluations)
+        moments = {p: of for flat in self._flats for p, of in flat.moments(self._optimizer).items()}
+        return Checkpoint.of(self._model, moments, self.step, self.num_rows, self.evaluations)
 
     def _run(self) -> Generator[Event]:
         model, config, world = self._model, self._config, self._world
         self._check()
-        losses = Losses(model)
+        losses = Losses(model, "off" if config.shard_weights and world.size > 1 else config.prefix_cache)
         losses.choose()
         losses_of = world.wrap(losses)
-        groups = _parameter_groups(model, config)
-        num_trainable = sum(p.numel() for group in groups for p in group["params"])
+        num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         first = next(iter(lora_layers(model).values()))
         device, dtype = first.lora_A.device, first.weight.dtype
+        moments = self._start.restore(model) if self._start is not None else {}
+        flattened = _flattened(model, config)
+        self._flats = [flat for flat, _ in flattened]
         optimizer = torch.optim.AdamW(
-            groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda")
+            [{"params": [flat.values], "ratio": ratio} for flat, ratio in flattened],
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
         )
-        if self._start is not None:
-            self._start.restore(model, optimizer)
-            self._start = None  # its memory is free again
+        for flat in self._flats:
+            flat.set_moments(optimizer, moments)
+        self._start, moments = None, {}  # their memory is free again
         self._optimizer = optimizer
         yield Started(
             num_steps=config.steps,
@@ -122,6 +129,9 @@ class Training(Iterator[Event]):
                 yield taken
         finally:
             model.eval()  # also when the consumer stops early: dropout must not stay on
+            losses.close()
+            for flat in self._flats:
+                flat.release()
 
     def _check(self) -> None:
         layers = lora_layers(self._model)
@@ -180,16 +190,18 @@ def train(
     return Training(model, batches, config, eval_batches, start, world)
 
 
-def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Returns what is trained, B apart where LoRA+ gives it another rate (arXiv:2402.12354)."""
+def _flattened(model: nn.Module, config: TrainConfig) -> list[tuple[Flat, float]]:
+    """Returns what is trained and the ratio of its learning rate: B apart where LoRA+ gives it another one.
+
+    Source: Hayou et al. 2024, arXiv:2402.12354.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    if config.lora_plus_ratio == 1.0:
-        return [{"params": trained, "ratio": 1.0}]
     B = {id(layer.lora_B) for layer in lora_layers(model).values()}
-    return [
-        {"params": [p for p in trained if id(p) not in B], "ratio": 1.0},
-        {"params": [p for p in trained if id(p) in B], "ratio": config.lora_plus_ratio},
-    ]
+    alike: dict[tuple[float, torch.dtype], list[nn.Parameter]] = {}
+    for p in trained:
+        ratio = config.lora_plus_ratio if id(p) in B else 1.0
+        alike.setdefault((ratio, p.dtype), []).append(p)
+    return [(Flat(parameters), ratio) for (ratio, _), parameters in alike.items()]
 
 
 def _evaluates_after(step: int, config: TrainConfig) -> bool:
@@ -214,7 +226,7 @@ def _step(
         group["lr"] = rate * group["ratio"]
     with _seeded(parameters[0].device, config.seed, step + world.seed):
         loss = _backward(model, losses_of, micro_batches, step, world)
-    total_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    total_norm = nn.utils.get_total_norm([p.grad for p in parameters])
     grad_norm = total_norm.item()
     if not math.isfinite(grad_norm):
         raise NonFiniteLossError.of("gradient", step, where=first_in_gradients(model))
@@ -226,7 +238,7 @@ def _step(
         )
     nn.utils.clip_grads_with_norm_(parameters, config.clip_norm or math.inf, total_norm)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=False)
     return Step(
         step=step,
         loss=loss,

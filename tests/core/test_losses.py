@@ -106,6 +106,16 @@ def test_rows_without_padding_stay_as_they_are(adapted, make_batch):
     assert model.shapes == [(1, 10)]
 
 
+def test_padding_that_all_rows_have_is_left_out_too(adapted, make_batch):
+    model = adapted()
+    batch = make_batch((2, 1, 4))
+    wide = {key: F.pad(value, (0, 3), value=-100 if key == "labels" else 0) for key, value in batch.items()}
+    model.shapes.clear()
+    found = token_losses(model, wide, Way(True, True))
+    assert model.shapes == [(1, int(batch["attention_mask"].sum()))]
+    torch.testing.assert_close(found, token_losses(model, batch, Way(True, True)))
+
+
 def test_padding_at_the_left_is_not_packed(adapted, make_batch):
     model, batch = adapted(), {key: value.flip(1) for key, value in make_batch((2, 1, 4)).items()}
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -176,3 +186,75 @@ def test_on_a_gpu_every_way_gives_the_losses_of_the_cpu(adapted, make_batch, dty
     for way in (Way(), Way(skips_head=True), Way(packs=True), Way(True, True)):
         found = token_losses(model, batch, way).cpu()
         torch.testing.assert_close(found, expected, rtol=1e-3 if dtype == torch.float32 else 0.1, atol=1e-2)
+
+
+# The frozen layers that a row passes once.
+
+
+@pytest.fixture
+def upper(perturb):
+    """upper(name of a family, layers): its model, adapted in these layers alone, ready to be trained."""
+
+    def make(name, layers="1", changes=None, **settings):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = changes() if changes else FAMILIES[name].make()
+            for path, p in model.named_parameters():
+                nn.init.normal_(p, mean=float(p.dim() == 1 and "norm" in path), std=0.2)
+        inject(model, LoRAConfig(**{"r": 2, "layers": layers} | settings))
+        return perturb(model.eval())
+
+    return make
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "gpt_neox", "mistral"])
+def test_rows_pass_the_frozen_layers_once(upper, make_batch, name, where):
+    model, batch = upper(name), make_batch((2, 1, 4))
+    losses = Losses(model, where)
+    losses.choose()
+    assert losses.prefix is not None
+    assert losses.prefix.num_layers == 1
+    passed = []
+    frozen, adapted = losses.prefix._blocks
+    frozen.register_forward_pre_hook(lambda *_: passed.append("frozen"))
+    adapted.register_forward_pre_hook(lambda *_: passed.append("adapted"))
+    mlp = next(m for n, m in frozen.named_modules() if n.endswith("mlp"))
+    mlp.register_forward_pre_hook(lambda *_: passed.append("mlp"))
+    for num_new in (3, 0):
+        passed.clear()
+        found = losses(batch)
+        assert passed.count("mlp") == num_new
+        same(model, batch, found)
+    known = losses.prefix.num_bytes
+    losses(make_batch((2, 1, 4)))
+    assert losses.prefix.num_bytes == known
+    losses.close()
+
+
+def test_what_is_kept_of_a_row_does_not_depend_on_its_company(upper, make_batch):
+    batch = make_batch((2, 1, 4))
+    alone, together = Losses(upper("llama"), "memory"), Losses(upper("llama"), "memory")
+    for losses in (alone, together):
+        losses.choose()
+    for i in (2, 0, 1):
+        alone({key: value[i : i + 1] for key, value in batch.items()})
+    assert torch.equal(alone(batch), together(batch))
+
+
+@pytest.mark.parametrize("why", ["all layers", "embedding", "dropout", "off"])
+def test_where_nothing_can_be_kept_every_batch_goes_through_all(upper, make_batch, why):
+    if why == "all layers":
+        losses = Losses(upper("llama", layers=""), "memory")
+    elif why == "embedding":
+        losses = Losses(upper("llama", modules_to_save=("embed_tokens",)), "memory")
+    elif why == "dropout":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        losses = Losses(upper("gpt2", changes=lambda: GPT2LMHeadModel(GPT2Config(**sizes))), "memory")
+    else:
+        losses = Losses(upper("llama"))
+    losses.choose()
+    assert losses.prefix is None
+    same(losses.model, make_batch((2, 1, 4)), losses(make_batch((2, 1, 4))))
