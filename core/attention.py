@@ -4,6 +4,7 @@ softmax(scaling · Q·Kᵀ)·V, of which neither the scores nor the softmax outl
 arXiv:2205.14135, without its tiles over the keys: a row of scores fits the cache of a CPU).
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,38 +18,94 @@ BLOCK = 64
 
 
 class Segments:
-    """Rows of different lengths that lie one after the other in one row, and must not see each other.
+    """Rows that lie in one row, each token once, and that do not see each other but where they are the same.
+
+    A token depends on itself and on what comes before it. So where rows begin alike (a system prompt, one question with
+    several answers), their beginning is there once, and passed once, for all of them.
 
     Attributes:
-        num_tokens: Of all together.
-        longest: Tokens of the longest.
-        bounds: (rows + 1) int32, where each begins, and the end.
+        firsts: (tokens) int64, where each token stands first, as row · longest + place.
+        depths: (tokens) int64, its place in its rows.
+        places: (rows, longest) int64, which token stands there; beyond a row's end, its last.
     """
 
-    def __init__(self, lengths: Tensor, device: torch.device | None = None) -> None:
-        """Takes the rows' lengths, (rows) int64, each at least 1; on the CPU, so that no device is waited for.
+    def __init__(self, ids: Tensor, lengths: Tensor, *, may_share: bool = True) -> None:
+        """Takes rows as they lie beside each other; all on the CPU, so that no device is waited for.
 
         Args:
-            lengths: Of the rows.
-            device: Where the rows lie; None: beside `lengths`.
+            ids: (rows, longest or more) int64, padded at the right.
+            lengths: (rows) int64, each at least 1.
+            may_share: Whether equal beginnings are the same; not if rows differ in more than their tokens.
         """
-        self.num_tokens, self.longest = int(lengths.sum()), int(lengths.max())
-        places = torch.arange(self.longest, device=lengths.device)
-        bounds = F.pad(lengths.cumsum(0), (1, 0))
-        self._shape = (len(lengths), self.longest)
-        # A place beyond a row's end is filled by another token: it comes later than all that could see it.
-        filled = (bounds[:-1, None] + places).clamp_max_(self.num_tokens - 1).flatten()
-        tokens = (places < lengths[:, None]).flatten().nonzero()[:, 0]
-        self._filled, self._tokens = (t.to(device or t.device, non_blocking=True) for t in (filled, tokens))
-        self.bounds = bounds.to(device or bounds.device, torch.int32, non_blocking=True)
+        longest = int(lengths.max())
+        tokens: dict[tuple[int, int], int] = {}
+        places, firsts, depths = [], [], []
+        for row, (values, length) in enumerate(zip(ids.tolist(), lengths.tolist(), strict=True)):
+            before = -1 if may_share else -1 - row
+            path = []
+            for place, value in enumerate(values[:length]):
+                token = tokens.setdefault((before, value), len(firsts))
+                if token == len(firsts):
+                    firsts.append(row * longest + place)
+                    depths.append(place)
+                path.append(token)
+                before = token
+            places.append(path + [path[-1]] * (longest - length))
+        self.firsts, self.depths, self.places = torch.tensor(firsts), torch.tensor(depths), torch.tensor(places)
+        self._is_real = torch.arange(longest) < lengths[:, None]
+        self._bounds = F.pad(lengths.cumsum(0), (1, 0)).int()
+
+    def to(self, device: torch.device) -> "Segments":
+        """Returns the same for a device."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            setattr(moved, name, value.to(device, non_blocking=True))
+        return moved
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all together, those that rows share once."""
+        return len(self.firsts)
+
+    @property
+    def shares(self) -> bool:
+        """Whether rows have a beginning in common."""
+        return self.num_tokens < int(self._bounds[-1])
 
     def apart(self, x: Tensor) -> Tensor:
         """Returns (1, heads, num_tokens, d) as (rows, heads, longest, d)."""
-        return x[0].transpose(0, 1)[self._filled].unflatten(0, self._shape).transpose(1, 2)
+        return x[0].transpose(0, 1)[self.places].transpose(1, 2)
 
     def together(self, x: Tensor) -> Tensor:
-        """Returns (rows, heads, longest, d) as (1, heads, num_tokens, d)."""
-        return x.transpose(1, 2).flatten(0, 1)[self._tokens].transpose(0, 1).unsqueeze(0)
+        """Returns (rows, heads, longest, d) as (1, heads, num_tokens, d): of a token that rows share, the first's."""
+        return x.transpose(1, 2).flatten(0, 1)[self.firsts].transpose(0, 1).unsqueeze(0)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """Returns the like, of a token that rows share the sum: the gradient of `apart`."""
+        x = x.transpose(1, 2).flatten(0, 1)
+        total = x.new_zeros(self.num_tokens, *x.shape[1:])
+        return total.index_add_(0, self.places.flatten(), x).transpose(0, 1).unsqueeze(0)
+
+    def first_alone(self, x: Tensor) -> Tensor:
+        """Returns (1, heads, num_tokens, d) as (rows, heads, longest, d), 0 but in `firsts`: that of `together`."""
+        apart = x.new_zeros(self.places.numel(), x.shape[1], x.shape[3])
+        apart[self.firsts] = x[0].transpose(0, 1)
+        return apart.unflatten(0, self.places.shape).transpose(1, 2)
+
+    def attend_in_one_go(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """Returns what `causal_attention` does, by the GPU's own code for rows of different lengths."""
+        longest = self.places.shape[1]
+        real = self._is_real.flatten().nonzero()[:, 0] if self.shares else None
+        rows = [x[0].transpose(0, 1) for x in (q, k, v)]
+        if real is not None:
+            rows = [x[self.places.flatten()[real]] for x in rows]
+        lengths = self._bounds, self._bounds, longest, longest
+        grouped = q.shape[1] != k.shape[1]
+        o = varlen_attn(*rows, *lengths, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
+        assert isinstance(o, Tensor)
+        if real is not None:
+            o = o[torch.searchsorted(real, self.firsts)]
+        return o.transpose(0, 1).unsqueeze(0)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, segments: Segments | None = None) -> Tensor:
@@ -65,11 +122,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float, segments: 
         return _CausalAttention.apply(q, k, v, scaling, segments)
     grouped = q.shape[1] != k.shape[1]
     if segments is not None and q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
-        rows = (x[0].transpose(0, 1) for x in (q, k, v))
-        lengths = segments.bounds, segments.bounds, segments.longest, segments.longest
-        o = varlen_attn(*rows, *lengths, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
-        assert isinstance(o, Tensor)
-        return o.transpose(0, 1).unsqueeze(0)
+        return segments.attend_in_one_go(q, k, v, scaling)
     parts = (q, k, v) if segments is None else (segments.apart(q), segments.apart(k), segments.apart(v))
     o = F.scaled_dot_product_attention(*parts, is_causal=True, scale=scaling, enable_gqa=grouped)
     return o if segments is None else segments.together(o)
@@ -84,13 +137,14 @@ class _CausalAttention(torch.autograd.Function):
         o = heads.empty()
         for block in heads.blocks(scaling):
             heads.put(o, block, torch.bmm(block.p, heads.v[:, : block.end]))
-        return _whole(o.flatten(2, 3), segments)
+        o = o.flatten(2, 3).transpose(1, 2)  # laid out token by token, as the model reads it
+        return o if segments is None else segments.together(o)
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> Any:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
         heads = _Heads.of(q, k, v, ctx.segments)
-        do = (do if ctx.segments is None else _zero_filled(ctx.segments, do)).unflatten(1, heads.q.shape[1:3])
+        do = (do if ctx.segments is None else ctx.segments.first_alone(do)).unflatten(1, heads.q.shape[1:3])
         dq, dk, dv = heads.empty(), torch.zeros_like(heads.k), torch.zeros_like(heads.v)
         for block in heads.blocks(ctx.scaling):
             own = heads.take(do, block)
@@ -100,20 +154,10 @@ class _CausalAttention(torch.autograd.Function):
             heads.put(dq, block, torch.bmm(ds, heads.k[:, : block.end]).mul_(ctx.scaling))
             dk[:, : block.end].baddbmm_(ds.mT, block.q)
         shape = (heads.q.shape[0], -1, *heads.k.shape[1:])
-        gradients = (dq.flatten(2, 3), dk.view(shape).transpose(1, 2), dv.view(shape).transpose(1, 2))
-        return *(_whole(gradient, ctx.segments) for gradient in gradients), None, None
-
-
-def _whole(x: Tensor, segments: Segments | None) -> Tensor:
-    """Returns (rows, longest, heads, d) as (batch, heads, seq, d), laid out token by token as the model reads it."""
-    x = x.transpose(1, 2)
-    return x if segments is None else segments.together(x)
-
-
-def _zero_filled(segments: Segments, x: Tensor) -> Tensor:
-    apart = x.new_zeros(segments._shape[0] * segments._shape[1], x.shape[1], x.shape[3])
-    apart[segments._tokens] = x[0].transpose(0, 1)
-    return apart.unflatten(0, segments._shape).transpose(1, 2)
+        gradients = (dq.flatten(2, 3).transpose(1, 2), dk.view(shape), dv.view(shape))
+        if ctx.segments is not None:
+            gradients = (ctx.segments.summed(gradient) for gradient in gradients)
+        return *gradients, None, None
 
 
 class _Block(NamedTuple):

@@ -1,7 +1,7 @@
 """The loss of a language model on the tokens that are trained: of nothing else are logits made, and of no padding.
 
-Where the model allows it, a batch goes through it as one row without padding, and the loss is taken from the hidden
-states without holding the logits. Whether it does is tried out on the model itself, on a few tokens.
+Where the model allows it, a batch goes through it as one row without padding or repetition, and the loss is taken
+from the hidden states without holding the logits. Whether it does is tried out on the model itself, on a few tokens.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,8 +27,9 @@ class Way(NamedTuple):
     """How a batch goes through a model.
 
     Attributes:
-        packs: As one row, its rows one after the other, each seeing itself alone; for a model whose attention takes
-            `segments` (see `core.attention`).
+        packs: As one row, its rows one after the other, each seeing itself alone, and what they have in common at
+            their beginnings once; for a model whose attention takes `segments` (see `core.attention`). Of dropout, the
+            rows draw what they have in common together.
         skips_head: Up to the output head, whose logits are made and used piece by piece.
     """
 
@@ -66,8 +67,8 @@ class Losses(nn.Module):
     def choose(self) -> None:
         """Tries on a few tokens what the model allows, in eval mode, in which it is left."""
         self.model.eval()
-        ids = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 0]])
-        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+        ids = torch.tensor([[1, 0, 1, 1, 0], [1, 0, 0, 1, 0], [0, 1, 1, 0, 0]])  # the first two begin alike
+        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
         batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}
         with self.fusion:
             expected = self._tried(batch, Way())
@@ -125,17 +126,18 @@ def token_losses(
     targets = labels[rows, columns]
     lengths = _lengths(inputs)
     seq = batch["labels"].shape[1]
-    is_packed = way.packs and lengths is not None and bool((lengths < seq).any())
+    positions = rows * seq + columns
+    segments = _segments(inputs, lengths) if way.packs and lengths is not None else None
     hidden = None
     if prefix is not None and lengths is not None:
         kept = prefix.of([row[:n].cpu() for row, n in zip(inputs["input_ids"], lengths, strict=True)], device)
-        hidden = torch.cat(kept)[None] if is_packed else torch.stack([F.pad(h, (0, 0, 0, seq - len(h))) for h in kept])
-    if is_packed and lengths is not None:
-        positions = (lengths.cumsum(0) - lengths)[rows] + columns
-        inputs = {**_packed(inputs), "segments": Segments(lengths, device)}
-    else:
-        positions = rows * seq + columns
-    inputs = {key: _to(value, device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        hidden = torch.stack([F.pad(h, (0, 0, 0, seq - len(h))) for h in kept])
+    if segments is not None:
+        positions = segments.places[rows, columns]
+        inputs = {key: _together(value, segments) for key, value in inputs.items()}
+        inputs |= {"position_ids": segments.depths[None], "segments": segments}
+        hidden = None if hidden is None else _together(hidden, segments.to(device))
+    inputs = {key: _to(value, device) for key, value in inputs.items()}
     positions, targets = _to(positions, device), _to(targets, device)
     skipped = nullcontext() if prefix is None or hidden is None else prefix.skipped(hidden)
     with skipped, _at_head(model, positions, skips=way.skips_head) as head:
@@ -147,11 +149,13 @@ def token_losses(
     return F.cross_entropy(found.float(), targets, reduction="none")
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns `tensor` on `device`; a GPU fetches it from pinned memory while the CPU goes on."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+def _to(value: Any, device: torch.device) -> Any:
+    """Returns a tensor, or segments, on `device`; a GPU fetches it from pinned memory while the CPU goes on."""
+    if isinstance(value, Segments):
+        return value.to(device)
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 def _lengths(inputs: Batch) -> Tensor | None:
@@ -163,12 +167,17 @@ def _lengths(inputs: Batch) -> Tensor | None:
     return lengths if bool(lengths.all()) else None
 
 
-def _packed(inputs: Batch) -> dict[str, Any]:
-    """Returns the arguments of a model for rows that lie one after the other."""
-    real = inputs["attention_mask"].bool()
-    packed = {key: value[real].unsqueeze(0) for key, value in inputs.items()}
-    packed["position_ids"] = real.cumsum(1)[real].unsqueeze(0) - 1
-    return packed
+def _segments(inputs: Batch, lengths: Tensor) -> Segments | None:
+    """Returns how the rows lie one after the other; None where that leaves out nothing."""
+    ids = inputs["input_ids"].cpu()
+    segments = Segments(ids, lengths.cpu(), may_share=inputs.keys() <= {"input_ids", "attention_mask"})
+    return segments if segments.num_tokens < ids.numel() else None
+
+
+def _together(value: Tensor, segments: Segments) -> Tensor:
+    """Returns (rows, seq, …) as (1, num_tokens, …)."""
+    rows, longest = segments.places.shape
+    return value[:rows, :longest].flatten(0, 1)[segments.firsts].unsqueeze(0)
 
 
 def _head_of(model: nn.Module) -> nn.Module | None:

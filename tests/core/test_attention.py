@@ -18,6 +18,12 @@ def heads(batch, num, seq, d=8):
     return torch.randn(batch, num, seq, d, dtype=torch.float64).requires_grad_()
 
 
+def apart(lengths):
+    """Rows that have nothing in common."""
+    ids = torch.arange(len(lengths))[:, None].expand(-1, max(lengths))
+    return Segments(ids, torch.tensor(lengths))
+
+
 def expected(q, k, v, scaling, mask=None):
     causal = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
     allowed = causal if mask is None else causal & mask
@@ -56,15 +62,32 @@ def test_heads_that_lie_token_by_token_are_read_as_they_lie():
 def test_segments_see_themselves_alone(lengths, num_heads):
     of = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     q, k, v = (heads(1, n, sum(lengths)) for n in (num_heads[0], num_heads[1], num_heads[1]))
-    found = causal_attention(q, k, v, 0.3, Segments(torch.tensor(lengths)))
+    found = causal_attention(q, k, v, 0.3, apart(lengths))
     same(found, expected(q, k, v, 0.3, of[:, None] == of), [q, k, v])
+
+
+def test_rows_that_begin_alike_share_their_beginning():
+    ids = torch.tensor([[5, 6, 7, 8, 0], [5, 6, 9, 0, 0], [5, 6, 7, 8, 9], [1, 6, 7, 0, 0]])
+    segments = Segments(ids, torch.tensor([4, 3, 5, 3]))
+    assert segments.shares
+    assert segments.depths.tolist() == [0, 1, 2, 3, 2, 4, 0, 1, 2]
+    assert segments.places.tolist() == [[0, 1, 2, 3, 3], [0, 1, 4, 4, 4], [0, 1, 2, 3, 5], [6, 7, 8, 8, 8]]
+    assert ids.flatten()[segments.firsts].tolist() == [5, 6, 7, 8, 9, 9, 1, 6, 7]
+    q, k, v = (heads(1, n, 9) for n in (4, 2, 2))
+    seen = torch.zeros(9, 9, dtype=torch.bool)
+    for path in segments.places.tolist():
+        for place, token in enumerate(path):
+            seen[token, path[: place + 1]] = True
+    wanted = F.scaled_dot_product_attention(q, k, v, seen, scale=0.3, enable_gqa=True)
+    same(causal_attention(q, k, v, 0.3, segments), wanted, [q, k, v])
+    assert not Segments(ids, torch.tensor([4, 3, 5, 3]), may_share=False).shares
 
 
 def test_segments_that_saw_each_other_would_be_noticed():
     lengths = [3, 4]
     q, k, v = (heads(1, 2, 7) for _ in range(3))
-    apart = causal_attention(q, k, v, 0.3, Segments(torch.tensor(lengths)))
-    assert (apart - expected(q, k, v, 0.3))[:, :, 3:].abs().max() > 0.1
+    found = causal_attention(q, k, v, 0.3, apart(lengths))
+    assert (found - expected(q, k, v, 0.3))[:, :, 3:].abs().max() > 0.1
 
 
 def test_what_comes_later_has_no_influence_nor_gradient():
@@ -96,5 +119,22 @@ def test_no_scores_of_all_pairs_outlive_their_block():
 def test_apart_and_together_are_each_other_s_opposite(shape):
     lengths = torch.tensor([shape[1]] * shape[0])
     x = torch.randn(1, 2, int(lengths.sum()), 3)
-    segments = Segments(lengths)
+    segments = apart(lengths.tolist())
     assert torch.equal(segments.together(segments.apart(x)), x)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_segments_have_the_same_values_and_gradients(dtype):
+    ids = torch.tensor([[5, 6, 7, 8, 0], [5, 6, 9, 0, 0], [1, 6, 7, 0, 0]])
+    segments = Segments(ids, torch.tensor([4, 3, 3]))
+    q, k, v = (heads(1, n, segments.num_tokens, 64) for n in (4, 2, 2))
+    wanted = causal_attention(q, k, v, 0.1, segments)
+    wanted.square().sum().backward()
+    there = [x.detach().to("cuda", dtype).requires_grad_() for x in (q, k, v)]
+    found = causal_attention(*there, 0.1, segments.to(torch.device("cuda")))
+    found.square().sum().backward()
+    tolerance = 1e-4 if dtype == torch.float32 else 0.03
+    assert (found.cpu() - wanted).norm() < tolerance * wanted.norm()
+    for mine, theirs in zip(there, (q, k, v), strict=True):
+        assert (mine.grad.cpu() - theirs.grad).norm() < tolerance * theirs.grad.norm()

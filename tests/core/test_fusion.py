@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from core import LoRAConfig, Segments, inject, kernels, lora_layers, merge
+from core import LoRAConfig, inject, kernels, lora_layers, merge
 from core.fusion import Fusion
 from tests.core.families import FAMILIES
 
@@ -220,7 +220,3 @@ def test_a_norm_with_one_added_to_its_weight_is_left_alone(counted):
     with Fusion(model):
         model(torch.randn(4, 8))
     assert counted == ["linear"]
-
-
-def test_segments_are_public():
-    assert Segments(torch.tensor([2, 3])).num_tokens == 5

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from core import LoRAConfig, Segments, causal_attention, inject, token_losses
-from core.losses import Losses, Way
+from core.losses import Losses, Way, _segments
 from tests.core.families import FAMILIES
 
 DECODERS = ["gpt2", "llama", "gemma", "phi3", "gpt_neox", "opt", "bloom", "falcon"]
@@ -104,6 +104,22 @@ def test_rows_without_padding_stay_as_they_are(adapted, make_batch):
     model.shapes.clear()
     token_losses(model, batch, Way(True, True))
     assert model.shapes == [(1, 10)]
+
+
+def test_rows_pass_what_they_have_in_common_once(adapted, make_batch):
+    model, batch = adapted(), make_batch((2, 1, 4, 0))
+    batch["input_ids"][1:3, :4] = batch["input_ids"][0, :4]
+    batch["labels"] = batch["labels"].where(batch["labels"] == -100, batch["input_ids"])
+    model.shapes.clear()
+    same(model, batch, token_losses(model, batch, Way(True, True)))
+    assert model.shapes[0] == (1, int(batch["attention_mask"].sum()) - 8)
+
+
+def test_rows_that_differ_in_more_than_their_tokens_share_nothing():
+    ids = torch.ones(2, 5, dtype=torch.int64)
+    assert _segments({"input_ids": ids, "attention_mask": ids}, torch.tensor([5, 4])).num_tokens == 5
+    assert _segments({"input_ids": ids, "token_type_ids": ids}, torch.tensor([5, 4])).num_tokens == 9
+    assert _segments({"input_ids": ids, "token_type_ids": ids}, torch.tensor([5, 5])) is None
 
 
 def test_padding_that_all_rows_have_is_left_out_too(adapted, make_batch):
