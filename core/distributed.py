@@ -14,9 +14,7 @@ from typing import Self, TypeVar, cast
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import Store
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -97,6 +95,9 @@ class World:
             module: An adapted model.
             device: That of this process.
         """
+        from torch.distributed.device_mesh import DeviceMesh  # a second to import, and most never need it
+        from torch.distributed.fsdp import fully_shard
+
         whole = {p for p in module.parameters() if p.requires_grad or not p.is_floating_point()}
         for parameter in whole:
             parameter.data = parameter.data.to(device)

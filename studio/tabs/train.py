@@ -59,6 +59,11 @@ class TrainTab:
     gpus: Any
 
     @property
+    def device(self) -> Any:
+        """The widget of the device, which the choice of GPUs fills."""
+        return self.form.widgets[self.form.names.index("device")]
+
+    @property
     def controls(self) -> list[Any]:
         """The components that `controls` draws anew."""
         return [*self.actions.values(), self.num_further, *self.remedies]
@@ -281,8 +286,6 @@ def build() -> TrainTab:
                 visible=False,
                 elem_id="gpus",
             )
-            device = form.widgets[form.names.index("device")]
-            chosen.input(device_of, chosen, device, queue=False, api_visibility="private", show_progress="hidden")
             start = gr.Button("Start training", variant="primary", elem_id="start")
         with gr.Column(scale=7, min_width=320):
             gr.HTML('<div id="status"></div>')

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import core
-from core import Adapter, Evaluated, LoRAConfig, LoRAError, Noted, Started, Step, inject
+from core import Adapter, Failed, LoRAConfig, LoRAError, Noted, Started, Step, inject
 from studio import __main__ as cli
 from studio import app, data, models, readers
 from studio.data import DataSpec
@@ -44,7 +44,8 @@ LONG = 50_000_000
 DEEP = 100_000
 STARTED = Started(9, 1, 10, "cpu", "float32", "memory")
 STEP = Step(1, 2.5, 1e-3, 1.0, 64, 32, 0.5, 10**9)
-EVENTS = [Noted("Reading"), STARTED, Evaluated(0, 3.0, 32, 0.1), STEP]
+KILLED = Failed("It was killed.", "killed")  # noted already: who looks at it has nothing to write
+EVENTS = [Noted("Reading"), STARTED, KILLED, STEP]
 
 
 @contextmanager

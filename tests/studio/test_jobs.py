@@ -31,7 +31,7 @@ from core import (
 from studio import data, jobs, models, worker
 from studio.event_log import EventWriter
 from studio.remedies import for_memory, remedies
-from studio.runs import Run, Runs
+from studio.runs import KILLED, Run, Runs
 from studio.specs import RunSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT
@@ -474,7 +474,8 @@ def test_a_worker_lives_on_its_own_and_saves_when_it_is_ended(workspace, spec, r
 def test_a_terminal_shows_one_line_an_event_but_none_for_steps(event, line, write_run, capsys):
     assert jobs.as_line(event) == line
     jobs.follow(write_run([event]))
-    assert capsys.readouterr().out == (f"{line}\n" if line else "")
+    told = "" if isinstance(event, Finished | Failed) else jobs.as_line(Failed(KILLED.format("The worker"))) + "\n"
+    assert capsys.readouterr().out == (f"{line}\n" if line else "") + told
 
 
 EVENTS = [Noted("«x»\nline"), Started(1, 2, 3, "cpu", "float32", "x"), STEP, Evaluated(3, 0.5, 9, 0.1)]
