@@ -69,6 +69,10 @@ class AdapterBank:
         """What runs now: one entry for all rows of a batch, or one for each."""
         return self._chosen.rows
 
+    def num_matrices(self, name: str) -> int:
+        """Returns how many matrices of the model an adapter changes where it is chosen; 0 for one that is not here."""
+        return sum(name in banked._one for _, banked in self._banked)
+
     def use(self, *rows: Row) -> None:
         """Chooses what runs from now on. No number moves: a single adapter is a matter of which views are read.
 

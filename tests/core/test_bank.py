@@ -96,6 +96,15 @@ def test_adapters_of_other_matrices_stand_side_by_side(build, adapter_of, logits
     torch.testing.assert_close(found[1], logits(model_b, tokens[1:2])[0], rtol=1e-5, atol=1e-5)
 
 
+def test_the_matrices_of_an_adapter_are_counted_while_they_are_there(build, adapter_of):
+    (a, _), (b, _) = adapter_of("linear", 1), adapter_of("other ranks", 2)
+    bank = AdapterBank(build("llama"), {"a": a, "b": b})
+    assert [bank.num_matrices(name) for name in ("a", "b", "c")] == [len(a.factors), len(b.factors), 0]
+    assert len(a.factors) != len(b.factors)
+    bank.eject()
+    assert bank.num_matrices("a") == 0
+
+
 def test_to_switch_moves_no_number_and_allocates_nothing(build, adapter_of):
     (a, _), (b, _) = adapter_of("linear", 1), adapter_of("linear", 2)
     base = build("llama")

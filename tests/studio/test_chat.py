@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from core import Adapter, AdapterFileError, LoRAConfig, LoRAError, inject, lora_layers, merge, unmerge
+from core import Adapter, AdapterFileError, LoRAConfig, LoRAError, inject, lora_layers, merge, trained_in_full, unmerge
 from studio import models
 from studio.chat import PANES, Answer, ChatSettings, Engine, choose, describe
 
@@ -14,6 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 PROMPT = [1, 40, 70, 99, 12, 201, 33, 2]
 LENGTH = 12
+IDS = torch.tensor([PROMPT])
 NO_END = frozenset[int]()
 GREEDY = ChatSettings(max_new_tokens=LENGTH)
 MERGED_TOLERANCE = 1e-4
@@ -42,13 +43,16 @@ def base(loaded):
 
 
 def make_adapter(model, config: LoRAConfig, size: float) -> Adapter:
-    """An adapter whose B is `size` times a normal number: as if trained, where `size` is not 0."""
+    """An adapter as if trained: B is `size` times a normal number, and what is trained in full moved by as much."""
     model = copy.deepcopy(model)
     inject(model, config, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for layer in lora_layers(model).values():
-            layer.lora_B.copy_(size * torch.randn(layer.lora_B.shape, generator=generator))
+            zero = layer.lora_B if layer.lora_A.any() else layer.lora_A  # an embedding starts with A = 0
+            zero.copy_(size * torch.randn(zero.shape, generator=generator))
+        for p in trained_in_full(model).values():
+            p.add_(size * torch.randn(p.shape, generator=generator))
     return Adapter.from_model(model)
 
 
@@ -62,9 +66,42 @@ def engine(base, adapter) -> Engine:
     return Engine(base, adapter, NO_END)
 
 
+@pytest.fixture
+def with_head(loaded) -> Adapter:
+    """An adapter that rows of a batch cannot have for themselves: the head is trained in full."""
+    config = LoRAConfig(r=4, target_modules=("q_proj", "v_proj", "up_proj"), modules_to_save=("lm_head",))
+    return make_adapter(loaded, config, 0.2)
+
+
+@pytest.fixture
+def switched(base, with_head) -> Engine:
+    return Engine(base, with_head, NO_END)
+
+
+def applied(model, adapter: Adapter):
+    """A model of its own that runs the adapter."""
+    model = copy.deepcopy(model)
+    adapter.apply(model)
+    return model.eval()
+
+
+def shapes_seen(model) -> list[tuple[int, ...]]:
+    """A list to which each forward of the model adds the shape of its tokens from here on."""
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return seen
+
+
 def ask(engine: Engine, pane: str, settings: ChatSettings = GREEDY, prompt: list[int] = PROMPT) -> tuple[int, ...]:
     *_, last = engine.answer(pane, prompt, settings)
     return last.token_ids
+
+
+def ask_all(engine: Engine, settings: ChatSettings = GREEDY, panes=PANES) -> dict[str, tuple[int, ...]]:
+    *_, last = engine.answer_all(panes, PROMPT, settings)
+    return {pane: answer.token_ids for pane, answer in last.items()}
 
 
 def generate(model, **options) -> tuple[int, ...]:
@@ -99,6 +136,36 @@ def test_the_adapter_pane_answers_as_peft_does_and_not_as_the_base(engine, peft_
 
 def test_the_merged_pane_answers_as_peft_s_merged_model_does(engine, peft_model):
     assert ask(engine, "merged") == generate(peft_model.merge_and_unload())
+
+
+def test_an_adapter_with_a_trained_head_answers_too_and_leaves_the_base_its_own(switched, with_head, loaded):
+    ours, theirs = generate(loaded), generate(applied(loaded, with_head))
+    assert ours != theirs
+    assert ask_all(switched) == {"base": ours, "adapter": theirs, "merged": theirs}
+
+
+def tiny_opt():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 1}
+    return OPTForCausalLM(OPTConfig(vocab_size=300, num_attention_heads=2, init_std=0.5, **sizes))
+
+
+def tiny_gpt2(**changes):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 300, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5}
+    return GPT2LMHeadModel(GPT2Config(**sizes | changes))
+
+
+@pytest.mark.parametrize(("make", "target"), [(tiny_opt, "fc1"), (tiny_gpt2, "wpe")])
+def test_a_layer_that_does_not_get_rows_is_switched_instead(make, target):
+    torch.manual_seed(0)
+    model = make().eval()
+    adapter = make_adapter(model, LoRAConfig(r=2, target_modules=(target,)), 1.0)
+    ours, theirs = generate(model), generate(applied(model, adapter))
+    assert ours != theirs
+    assert ask_all(Engine(model, adapter, NO_END)) == {"base": ours, "adapter": theirs, "merged": theirs}
 
 
 @pytest.mark.parametrize("pane", PANES)
@@ -168,22 +235,64 @@ def test_speed_is_told_once_there_are_two_tokens(engine):
     assert all(a.tokens_per_second > 0 and a.first_token_seconds == first.first_token_seconds for a in others)
 
 
-def test_all_panes_go_in_step_and_each_answers_as_alone(engine):
-    alone = {pane: ask(engine, pane) for pane in PANES}
-    together = list(engine.answer_all(PANES, PROMPT, GREEDY))
+SETTINGS = [GREEDY, *(ChatSettings(LENGTH, temperature=1.0, seed=seed) for seed in range(3))]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["greedy", "seed 0", "seed 1", "seed 2"])
+@pytest.mark.parametrize("kind", ["engine", "switched"])
+def test_all_panes_go_in_step_and_each_answers_as_alone(kind, settings, request):
+    engine = request.getfixturevalue(kind)
+    alone = {pane: ask(engine, pane, settings) for pane in PANES}
+    assert alone["base"] != alone["adapter"]
+    together = list(engine.answer_all(PANES, PROMPT, settings))
     assert len(together) == LENGTH
     for number, answers in enumerate(together, start=1):
         assert {pane: a.token_ids for pane, a in answers.items()} == {p: alone[p][:number] for p in PANES}
     assert all(answer.done for answer in together[-1].values())
 
 
-def test_a_pane_that_has_ended_stands_while_the_others_go_on(base, adapter, loaded, peft_model):
-    ours, theirs = generate(loaded), generate(peft_model)
-    end = next(token for token in ours[:6] if token not in theirs)
-    together = list(Engine(base, adapter, frozenset({end})).answer_all(("base", "adapter"), PROMPT, GREEDY))
-    assert together[-1]["base"].token_ids == ours[: ours.index(end)]
-    assert together[-1]["adapter"].token_ids == theirs
-    assert len(together) == LENGTH
+def test_base_and_adapter_take_one_forward_a_token_and_the_merged_model_its_own(engine, base):
+    ask(engine, "merged", ChatSettings(max_new_tokens=1))  # is made
+    unmerged, merged = shapes_seen(base), shapes_seen(engine._twin)
+    ask_all(engine)
+    assert unmerged == [(2, len(PROMPT))] + [(2, 1)] * (LENGTH - 1)
+    assert merged == [(1, len(PROMPT))] + [(1, 1)] * (LENGTH - 1)
+
+
+@pytest.mark.parametrize("first", ["base", "adapter"])
+@pytest.mark.parametrize("settings", SETTINGS[:2], ids=["greedy", "drawn"])
+def test_a_pane_that_has_ended_stands_and_leaves_the_batch_while_the_other_goes_on(
+    first, settings, base, adapter, loaded
+):
+    unended = Engine(copy.deepcopy(loaded), adapter, NO_END)
+    whole = {pane: ask(unended, pane, settings) for pane in ("base", "adapter")}
+    [other] = whole.keys() - {first}
+    place, end = next((i, t) for i, t in enumerate(whole[first]) if i and t not in whole[other])
+    engine = Engine(base, adapter, frozenset({end}))
+    seen = shapes_seen(base)
+    together = list(engine.answer_all(("base", "adapter"), PROMPT, settings))
+    assert {pane: answer.token_ids for pane, answer in together[-1].items()} == {
+        first: whole[first][:place],
+        other: whole[other],
+    }
+    assert [answers[first].done for answers in together] == [False] * place + [True] * (LENGTH - place)
+    assert [answers[other].done for answers in together] == [False] * (LENGTH - 1) + [True]
+    assert [rows for rows, _ in seen] == [2] * (place + 1) + [1] * (LENGTH - place - 1)
+    assert together[-1][other].engine == engine_of(unended, other)
+
+
+def test_a_row_leaves_a_cache_of_states_too():
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    kinds = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "initializer_range": 0.5}
+    model = Lfm2ForCausalLM(Lfm2Config(vocab_size=300, **sizes, **kinds)).eval()
+    adapter = make_adapter(model, LoRAConfig(r=2, target_modules=("in_proj", "q_proj")), 0.3)
+    ours, theirs = generate(model), generate(applied(model, adapter))
+    place, end = next((i, t) for i, t in enumerate(ours) if i and t not in theirs)
+    found = ask_all(Engine(model, adapter, frozenset({end})))
+    assert found == {"base": ours[:place], "adapter": theirs, "merged": theirs}
 
 
 def test_an_answer_that_is_left_in_the_middle_disturbs_no_other(engine):
@@ -287,32 +396,54 @@ def engine_of(engine: Engine, pane: str) -> str:
 
 
 def test_each_pane_says_what_it_runs(engine):
-    assert engine_of(engine, "base") == "adapter off (strength 0) · float32"
-    assert engine_of(engine, "adapter") == "adapter unmerged on 6 matrices, strength 1 · float32"
-    assert engine_of(engine, "merged") == "W₀ + ΔW in 6 matrices, no LoRA layer · float32"
+    expected = {
+        "base": "adapter off (strength 0) · float32",
+        "adapter": "adapter unmerged on 6 matrices, strength 1 · float32",
+        "merged": "W₀ + ΔW in 6 matrices, no LoRA layer · float32",
+    }
+    assert {pane: engine_of(engine, pane) for pane in PANES} == expected
+    for answers in engine.answer_all(PANES, PROMPT, GREEDY):
+        assert {pane: answer.engine for pane, answer in answers.items()} == expected
+
+
+def test_the_panes_of_a_switched_adapter_say_what_they_run(switched):
+    assert [engine_of(switched, pane) for pane in PANES] == [
+        "adapter off (strength 0) · float32",
+        "adapter unmerged on 6 matrices, strength 1 · float32",
+        "W₀ + ΔW in 6 matrices, no LoRA layer · float32",
+    ]
+
+
+def test_rows_are_told_as_they_stand_in_the_bank_whatever_was_asked(engine, monkeypatch):
+    use = engine._bank.use
+    monkeypatch.setattr(engine._bank, "use", lambda *rows: use({"adapter": 0.5}, {"adapter": 0.0}))
+    answers = next(engine.answer_all(("base", "adapter"), PROMPT, GREEDY))
+    assert answers["base"].engine == "adapter unmerged on 6 matrices, strength 0.5 · float32"
+    assert answers["adapter"].engine == "adapter off (strength 0) · float32"
 
 
 def test_without_an_adapter_it_says_so_and_names_the_type(base):
     assert engine_of(Engine(base.bfloat16(), None, NO_END), "base") == "no adapter · bfloat16"
 
 
-def test_a_merge_by_hand_is_told_and_an_honest_base_refused(engine, base):
-    expected = ask(engine, "adapter")
+def test_a_merge_by_hand_is_told_and_an_honest_base_refused(switched, base):
+    expected = ask(switched, "adapter")
     merge(base)
-    assert engine_of(engine, "adapter") == "6 of 6 LoRA layers merged · float32"
-    assert ask(engine, "adapter") == expected
+    assert engine_of(switched, "adapter") == "6 of 6 LoRA layers merged · float32"
+    assert ask(switched, "adapter") == expected
     with pytest.raises(
         LoRAError, match=r"`strength` \(=0\.0\) must not change while the layer is merged; call unmerge"
     ):
-        engine_of(engine, "base")
+        engine_of(switched, "base")
     with pytest.raises(LoRAError, match=r"`model` must be adapted and unmerged to be copied merged"):
-        engine_of(engine, "merged")
+        engine_of(switched, "merged")
     unmerge(base)
     next(iter(lora_layers(base).values())).merge()
-    assert engine_of(engine, "adapter") == "1 of 6 LoRA layers merged · float32"
+    assert engine_of(switched, "adapter") == "1 of 6 LoRA layers merged · float32"
 
 
-def test_strengths_are_told_as_they_stand_in_the_layers(engine, base):
+def test_strengths_are_told_as_they_stand_in_the_layers(base, adapter):
+    adapter.apply(base)
     first, *others = lora_layers(base).values()
     for layer in others:
         layer.strength = 0.5
@@ -324,11 +455,11 @@ def test_strengths_are_told_as_they_stand_in_the_layers(engine, base):
     assert describe(base, base) == "adapter off (strength 0) · float32"
 
 
-def test_a_pane_runs_at_full_strength_and_gives_the_layers_their_own_back(engine, base):
-    expected = ask(engine, "adapter")
+def test_a_pane_runs_at_full_strength_and_gives_the_layers_their_own_back(switched, base):
+    expected = ask(switched, "adapter")
     for layer in lora_layers(base).values():
         layer.strength = 0.25
-    assert ask(engine, "adapter") == expected
+    assert ask(switched, "adapter") == expected
     assert {layer.strength for layer in lora_layers(base).values()} == {0.25}
 
 
@@ -359,6 +490,12 @@ def test_wrong_settings_are_refused_by_name_and_value(values, message):
 def test_a_pane_that_does_not_exist_is_refused_and_the_others_named(engine):
     with pytest.raises(LoRAError, match=r"`pane` \(='peft'\) must be one of base, adapter, merged\."):
         engine.answer("peft", PROMPT, GREEDY)
+    for wrong in (
+        lambda: next(engine.answer_all(("base", "peft"), PROMPT, GREEDY)),
+        lambda: engine.logits("peft", IDS),
+    ):
+        with pytest.raises(LoRAError, match=r"`pane` \(='peft'\) must be one of"):
+            wrong()
 
 
 def test_an_empty_prompt_is_refused(engine):
@@ -376,9 +513,7 @@ def test_an_adapter_of_another_model_is_refused_and_leaves_the_model_bare(base, 
 
 
 def test_an_answer_ends_where_the_model_s_context_does():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
-    short = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=10)).eval()
+    short = tiny_gpt2(n_positions=10).eval()
     *_, last = Engine(short, None, NO_END).answer("base", PROMPT, GREEDY)
     assert isinstance(last, Answer) and last.done
