@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from core.rounds import growing_rounds
+
 BLOCK = 64
 """Queries at a time."""
 
@@ -201,8 +203,7 @@ class _Heads(NamedTuple):
         """Yields the queries, a block at a time, with their softmax."""
         group, seq, d = self.q.shape[2:]
         exact = torch.promote_types(self.q.dtype, torch.float32)
-        for begin in range(0, seq, BLOCK):
-            end = min(seq, begin + BLOCK)
+        for begin, end in growing_rounds(seq, BLOCK):
             size = end - begin
             q = self.q[:, :, :, begin:end].reshape(len(self.k), group * size, d) * scaling
             scores = torch.bmm(q, self.k[:, :end].mT)

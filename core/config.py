@@ -256,7 +256,8 @@ class TrainConfig(Config):
     compile: bool = setting(
         False,
         "Compile",
-        "Let torch.compile write code for this model. Takes a minute or more at the start; for long runs on a GPU.",
+        "Let torch.compile write code for each layer, in place of the studio's own. Takes minutes at the start; try it "
+        "on long runs on a GPU.",
         advanced=True,
     )
     eval_every: int = setting(

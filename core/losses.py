@@ -139,8 +139,21 @@ def token_losses(
         hidden = None if hidden is None else _together(hidden, segments.to(device))
     inputs = {key: _to(value, device) for key, value in inputs.items()}
     positions, targets = _to(positions, device), _to(targets, device)
-    skipped = nullcontext() if prefix is None or hidden is None else prefix.skipped(hidden)
-    with skipped, _at_head(model, positions, skips=way.skips_head) as head:
+    with nullcontext() if prefix is None or hidden is None else prefix.skipped(hidden):
+        return losses_at(model, inputs, positions, targets, way)
+
+
+def losses_at(model: nn.Module, inputs: Mapping[str, Any], positions: Tensor, targets: Tensor, way: Way) -> Tensor:
+    """Returns the cross-entropy of what a model predicts at some positions, (positions), float32, in nats.
+
+    Args:
+        model: The model.
+        inputs: What it is called with, on its device.
+        positions: (positions) int64, of all rows as one.
+        targets: (positions) int64, the tokens that come next.
+        way: Of it, whether the head is skipped.
+    """
+    with _at_head(model, positions, skips=way.skips_head) as head:
         output = model(**inputs)
     found = getattr(output, "logits", output).flatten(0, 1)
     found = found if head is not None else found[positions]
@@ -218,15 +231,20 @@ def _at_head(model: nn.Module, positions: Tensor, *, skips: bool) -> Iterator[nn
 
 def _gives_its_head_s_logits(model: nn.Module, batch: Batch) -> bool:
     """Says whether the model's logits are its head's own, not scaled nor capped, and the head is plain and frozen."""
-    head = _head_of(model)
-    if head is None or linear_of(head) is None or hasattr(head, "lora_A"):
-        return False
-    seen: list[Any] = []
-    handle = head.register_forward_hook(lambda _, __, output: seen.append(output))
     device = next(model.parameters()).device
+    given, seen = of_head(model, {key: value.to(device) for key, value in batch.items() if key != "labels"})
+    return seen is not None and seen.shape == given.shape and bool(torch.equal(seen.float(), given.float()))
+
+
+def of_head(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Returns a model's logits, and what its head gave; None where the head is none that `skips_head` can skip."""
+    head = _head_of(model)
+    is_plain = head is not None and linear_of(head) is not None and not hasattr(head, "lora_A")
+    seen: list[Any] = []
+    handle = head.register_forward_hook(lambda _, __, output: seen.append(output)) if head is not None else None
     try:
-        output = model(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
+        output = model(**inputs)
     finally:
-        handle.remove()
-    logits = getattr(output, "logits", output)
-    return len(seen) == 1 and seen[0].shape == logits.shape and bool(torch.equal(seen[0].float(), logits.float()))
+        if handle is not None:
+            handle.remove()
+    return getattr(output, "logits", output), seen[0] if is_plain and len(seen) == 1 else None

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from core.config import LoRAConfig, TrainConfig
 from core.distributed import blocks
+from core.fusion import Fusion
 from core.inject import inject
+from core.losses import Way, losses_at, of_head
+from core.rounds import once
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def forecast_memory(
 ) -> MemoryForecast:
     """Returns what a step of `train.batch_size` rows of `train.max_length` tokens will take, every token trained.
 
-    The step is taken, forward and backward, with the same code and the same kernels as on the CPU, on tensors
+    The step is taken, forward and backward, by the same code as on the CPU, on tensors
     without values; each tensor counts from when it is made until it is gone. So it holds for any model.
 
     Args:
@@ -72,21 +74,21 @@ def forecast_memory(
     """
     model = copy.deepcopy(model).to(dtype)
     prepare(model)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    inject(model, lora)
+    fusion = Fusion(model)  # what it tries out has values
+    with FakeTensorMode(allow_non_fake_inputs=True), fusion, once():
         model.to_empty(device="cpu")
         getattr(model, "tie_weights", lambda: None)()  # to_empty gave each its own
-        inject(model, lora)
         model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
         frozen = {id(p): p for p in (*model.parameters(), *model.buffers()) if not p.requires_grad}
         ids = torch.zeros(train.batch_size, train.max_length, dtype=torch.int64)
+        logits, seen = of_head(model, {"input_ids": ids[:1, :2]})
+        way = Way(skips_head=seen is logits)
+        positions = torch.arange(ids.numel()).view(ids.shape)[:, :-1].flatten()
         live = _Live()
         with live:
-            output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
-            logits = getattr(output, "logits", output)[:, :-1].flatten(0, 1)
-            del output
-            F.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum").backward()
-            del logits
+            losses_at(model, {"input_ids": ids}, positions, ids[:, 1:].flatten(), way).sum().backward()
     adapter = sum(_bytes(p) for p in trained)
     return MemoryForecast(
         weights=_weights_bytes(model, frozen, num_devices if train.shard_weights else 1),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from core.checkpoint import Checkpoint
 from core.config import TrainConfig
 from core.devices import memory_bytes, memory_source, peak_memory_bytes
-from core.distributed import World
+from core.distributed import World, blocks
 from core.errors import ExplodedGradientError, LoRAError, NonFiniteLossError
 from core.events import Evaluated, Event, Finished, Started, Step
 from core.flat import Flat
@@ -106,6 +106,9 @@ class Training(Iterator[Event]):
             memory_source=memory_source(device),
         )
         stream = iter(self._batches)
+        if config.compile:
+            for block in blocks(model):
+                block.compile(dynamic=True)
         try:
             while True:
                 if self.owes_evaluation:
@@ -132,6 +135,9 @@ class Training(Iterator[Event]):
             losses.close()
             for flat in self._flats:
                 flat.release()
+            if config.compile:
+                for block in blocks(model):
+                    block._compiled_call_impl = None
 
     def _check(self) -> None:
         layers = lora_layers(self._model)

@@ -4,10 +4,10 @@ import tracemalloc
 
 import pytest
 import torch
-from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from core import LoRAConfig, TrainConfig, forecast_memory, inject, lora_layers
+from core.losses import Losses
 
 
 def train_config(batch_size=3, length=40) -> TrainConfig:
@@ -26,11 +26,12 @@ def forecast(build):
 def measured_peak(model, batch_size: int, length: int) -> int:
     """The most that torch's allocator held on the CPU in a real step, above what was there before and stays after."""
     ids = torch.zeros(batch_size, length, dtype=torch.int64)
-    mask = torch.ones_like(ids)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].flatten(0, 1)
-        F.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum").backward()
-        del logits
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    losses = Losses(model)
+    losses.choose()
+    model.train()
+    with losses.fusion, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        losses(batch).sum().backward()
     held = peak = 0
     for event in seen.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -64,11 +65,15 @@ def test_the_rest_is_counted_by_entries(build, forecast):
     assert list(found.terms.values()) == sorted(found.terms.values(), reverse=True)
 
 
-def test_activations_grow_with_the_rows_and_checkpointing_takes_most_of_them_away(forecast):
-    one, four = (forecast(batch_size=b, length=64).activations for b in (1, 4))
-    assert four == pytest.approx(4 * one, rel=0.05)
-    kept = forecast(batch_size=4, length=64, prepare=lambda model: model.activation_checkpointing_enable())
-    assert kept.activations < 0.75 * four
+def test_activations_grow_with_the_rows_and_checkpointing_takes_most_of_them_away(build):
+    def activations(batch_size, prepare=lambda model: None):
+        model = build("llama", num_hidden_layers=12).to("meta")
+        shape = train_config(batch_size, 64)
+        return forecast_memory(model, LoRAConfig(r=4), shape, torch.float32, prepare=prepare).activations
+
+    one, four = activations(1), activations(4)
+    assert four == pytest.approx(4 * one, rel=0.1)  # not exactly: some things are done a few rows at a time
+    assert activations(4, lambda model: model.activation_checkpointing_enable()) < 0.4 * four
 
 
 def test_split_weights_leave_each_device_its_part_and_the_blocks_at_work(build):
@@ -101,4 +106,4 @@ def test_a_model_far_larger_than_this_machine_takes_no_memory(build):
     found = forecast_memory(model, LoRAConfig(r=4), TrainConfig(batch_size=64, max_length=4096), torch.bfloat16)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert found.total > 200e9 and peak < 100e6
+    assert found.total > 100e9 and peak < 100e6
