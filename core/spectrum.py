@@ -5,6 +5,7 @@ gives everything. Cost O((out + in)·r² + r³) instead of O(out·in·min(out, i
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,14 +20,29 @@ class Spectrum:
 
     Attributes:
         sigma: (k), falling; k = min(r, out_features, in_features).
-        U: (out_features, k), orthonormal columns: what ΔW writes. Columns whose sigma is zero
-            span nothing that was learned.
-        V: (in_features, k), orthonormal columns: what ΔW reads.
+        factors: Of ΔW, on the CPU in float64. The directions are computed when they are first asked for.
     """
 
     sigma: Tensor
-    U: Tensor
-    V: Tensor
+    factors: Factors
+
+    @property
+    def U(self) -> Tensor:
+        """(out_features, k), orthonormal columns: what ΔW writes; those whose sigma is zero span nothing learned."""
+        return self._directions[0]
+
+    @property
+    def V(self) -> Tensor:
+        """(in_features, k), orthonormal columns: what ΔW reads."""
+        return self._directions[1]
+
+    @cached_property
+    def _directions(self) -> tuple[Tensor, Tensor]:
+        f = self.factors
+        Q_B, R_B = torch.linalg.qr(f.B)
+        Q_A, R_A = torch.linalg.qr(f.A.T)
+        U, _, Vh = torch.linalg.svd(f.scaling * (R_B @ R_A.T), full_matrices=False)
+        return Q_B @ U, Q_A @ Vh.T
 
     @property
     def rank(self) -> int:
@@ -34,7 +50,7 @@ class Spectrum:
 
         The eps is float32's, the type in which adapters are trained and stored.
         """
-        threshold = max(self.U.shape[0], self.V.shape[0]) * torch.finfo(torch.float32).eps * self.sigma[0]
+        threshold = max(self.factors.shape) * torch.finfo(torch.float32).eps * self.sigma[0]
         return int((self.sigma > threshold).sum())
 
     @property
@@ -83,10 +99,8 @@ def spectrum(factors: Factors) -> Spectrum:
     A, B = factors.A.to("cpu", torch.float64), factors.B.to("cpu", torch.float64)
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise LoRAError("`factors` must be finite; this adapter holds NaN or infinity, so its training diverged.")
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.T)
-    U, sigma, Vh = torch.linalg.svd(factors.scaling * (R_B @ R_A.T), full_matrices=False)
-    return Spectrum(sigma=sigma, U=Q_B @ U, V=Q_A @ Vh.T)
+    R_B, R_A = torch.linalg.qr(B, mode="r").R, torch.linalg.qr(A.T, mode="r").R
+    return Spectrum(torch.linalg.svdvals(factors.scaling * (R_B @ R_A.T)), Factors(A, B, factors.scaling))
 
 
 def random_sigma(factors: Factors) -> Tensor:

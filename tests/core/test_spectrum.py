@@ -244,8 +244,15 @@ def test_random_sigma_repeats_and_leaves_the_global_generator_alone():
     assert torch.equal(random_sigma(gaussian(20, 30, 4)), first)
 
 
+def test_directions_are_computed_when_they_are_asked_for_and_once():
+    found = spectrum(gaussian(20, 30, 4))
+    assert "_directions" not in vars(found)
+    assert found.U is found.U
+    assert (found.U.shape, found.V.shape) == ((20, 4), (30, 4))
+
+
 def test_a_spectrum_keeps_what_it_is_given():
-    found = Spectrum(torch.tensor([2.0, 1.0]), torch.eye(4)[:, :2], torch.eye(3)[:, :2])
+    found = Spectrum(torch.tensor([2.0, 1.0]), gaussian(4, 3, 2))
     assert found.norm == pytest.approx(math.sqrt(5))
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.sigma = torch.ones(2)

@@ -103,7 +103,7 @@ def test_bars_are_sigma_and_the_dashed_line_is_chance(log):
 @pytest.mark.parametrize("sigma", [spectrum(factors()).sigma, torch.tensor([1.0, 0, 0]), torch.ones(10), torch.ones(1)])
 def test_the_marked_rank_is_the_one_that_the_spectrum_reports(sigma):
     figure = sigma_figure(sigma, sigma)
-    whole = Spectrum(sigma.double(), torch.eye(len(sigma)), torch.eye(len(sigma)))
+    whole = Spectrum(sigma.double(), Factors(torch.eye(len(sigma)), torch.diag(sigma), 1.0))
     assert f"90 % in {whole.rank_for_energy(0.9)} of {len(sigma)}" in texts(figure)
     energy = next(
         line for line in figure.axes[1].lines if len(line.get_xdata()) == len(sigma) and line.get_linestyle() == "-"
