@@ -47,14 +47,25 @@ class Dropout(NamedTuple):
         """Returns one seeded by torch's own generator of the CPU; None where nothing is dropped."""
         return cls(p, int(torch.empty((), dtype=torch.int64).random_())) if p else None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Returns x with a share of it dropped and the rest scaled up, as `F.dropout` does; a new tensor."""
+    def __call__(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Returns x with a share of it dropped and the rest scaled up, as `F.dropout` does; a new tensor.
+
+        Args:
+            x: Any tensor.
+            kept: What `kept(x)` gave, if that was drawn already.
+        """
+        dropped = round(self.p * 256)
+        if dropped >= 256:
+            return torch.zeros_like(x)
+        return torch.mul(x, self.kept(x) if kept is None else kept).mul_(256 / (256 - dropped))
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Returns which numbers of x stay, like x, bool."""
         generator = torch.Generator(x.device).manual_seed(self.seed)
         # Eight bytes at a draw: a byte says whether one number is dropped.
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
         bits = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[: x.numel()].view(x.shape)
-        dropped = round(self.p * 256)
-        return torch.mul(x, bits >= dropped).mul_(256 / (256 - dropped)) if dropped < 256 else torch.zeros_like(x)
+        return bits >= round(self.p * 256)
 
 
 class Linear(NamedTuple):
@@ -81,7 +92,7 @@ class Linear(NamedTuple):
         h = product(x, self.W, self.bias)
         if self.A is None or self.B is None:
             return h, None
-        low = product(self._dropped(x), self.A.to(x.dtype))
+        low = product(x if self.dropout is None else self.dropout(x), self.A.to(x.dtype))
         return h.addmm_(low, self.B.to(x.dtype).T, alpha=self.scale), low
 
     def backward(self, dh: Tensor, x: Tensor | None, low: Tensor | None, *, needs_dx: bool) -> "Gradients":
@@ -91,15 +102,14 @@ class Linear(NamedTuple):
             return Gradients(dx, None, None)
         # Of Bᵀ, which is small, a copy: matrices whose rows lie together are multiplied faster.
         dlow = product(dh, self.B.to(dh.dtype).T.contiguous()).mul_(self.scale)
-        dA = product(dlow.T, self._dropped(x).T).to(self.A.dtype)
+        kept = None if self.dropout is None else self.dropout.kept(x)
+        seen = x if self.dropout is None else self.dropout(x, kept)
+        dA = product(dlow.T, seen.T).to(self.A.dtype)
         dB = product(low.T, dh.T).T.to(self.B.dtype).mul_(self.scale)
         if dx is not None:
             A = self.A.to(dh.dtype)
-            dx = dx.addmm_(dlow, A) if self.dropout is None else dx.add_(self.dropout(dlow @ A))
+            dx = dx.addmm_(dlow, A) if self.dropout is None else dx.add_(self.dropout(dlow @ A, kept))
         return Gradients(dx, dA, dB)
-
-    def _dropped(self, x: Tensor) -> Tensor:
-        return x if self.dropout is None else self.dropout(x)
 
 
 class Gradients(NamedTuple):
