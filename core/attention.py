@@ -101,9 +101,8 @@ class Segments:
         rows = [x[0].transpose(0, 1) for x in (q, k, v)]
         if real is not None:
             rows = [x[self.places.flatten()[real]] for x in rows]
-        lengths = self._bounds, self._bounds, longest, longest
-        grouped = q.shape[1] != k.shape[1]
-        o = varlen_attn(*rows, *lengths, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
+        options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+        o = varlen_attn(rows[0], rows[1], rows[2], self._bounds, self._bounds, longest, longest, **options)
         assert isinstance(o, Tensor)
         if real is not None:
             o = o[torch.searchsorted(real, self.firsts)]
