@@ -342,6 +342,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[rows] = _losses_and_gradient(logits, targets[rows])
             if gradient is not None:
                 gradient[rows] = product(logits, W.T)
+            del logits  # before the next are there
         ctx.save_for_backward(gradient)
         return losses
 

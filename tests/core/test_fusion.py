@@ -128,7 +128,7 @@ def test_a_trained_norm_and_a_trained_head_learn(adapted):
 def test_hooks_are_called(adapted):
     model, seen = adapted("llama"), []
     model.get_submodule("model.layers.0.mlp.up_proj.base_layer").register_forward_hook(lambda *_: seen.append("base"))
-    model.get_submodule("model.layers.0.mlp.down_proj").register_forward_hook(lambda *_: seen.append("down"))
+    model.get_submodule("model.layers.1.mlp.down_proj").register_forward_hook(lambda *_: seen.append("down"))
     model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(lambda *_: seen.append("mlp"))
     same(model, "llama")
     assert sorted(seen) == ["base", "base", "down", "down", "mlp", "mlp"]

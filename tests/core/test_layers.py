@@ -378,11 +378,13 @@ def test_on_the_meta_device_nothing_is_drawn():
     assert layer.lora_A.shape == (8, 1 << 20) and layer.lora_B.shape == (1 << 20, 8)
 
 
-def test_dropout_drops_the_adapters_input_and_not_the_bases():
+@pytest.mark.parametrize("learns", [True, False])
+def test_dropout_drops_the_adapters_input_and_not_the_bases(learns):
     layer = adapted(dropout=0.5).train()
     x = x_of(6, IN)
     torch.manual_seed(11)
-    y = layer(x)
+    with torch.set_grad_enabled(learns):
+        y = layer(x)
     torch.manual_seed(11)
     dropped = F.dropout(x, 0.5)
     torch.testing.assert_close(y, layer.base_layer(x) + dropped @ layer.delta_weight().T, rtol=1e-5, atol=1e-5)
@@ -406,3 +408,17 @@ def test_printing_a_layer_says_its_rank_scaling_strength_and_state():
     assert "r=3, scaling=0.7, strength=0.25, merged=False" in repr(layer)
     layer.merge()
     assert "merged=True" in repr(layer)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [1.0, 0.0, -0.5])
+def test_without_gradients_a_layer_gives_what_it_gives_with_them(kind, dtype, value):
+    layer = adapted(kind, dtype).eval()
+    layer.strength = value
+    x = x_of(2, 3, IN).to(dtype)
+    with torch.no_grad():
+        found = layer(x)
+    expected = layer(x)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert (found - expected).float().norm() <= (1e-6 if dtype == torch.float32 else 0.01) * expected.float().norm()

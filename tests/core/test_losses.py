@@ -166,6 +166,14 @@ def test_a_head_that_learns_gets_its_gradient(adapted, make_batch, settings):
     same(model, batch, losses(batch))
 
 
+def test_an_adapted_head_is_not_skipped_though_at_the_start_its_update_is_zero():
+    model = Packing().eval()
+    inject(model, LoRAConfig(r=2, target_modules=("head",)))
+    losses = Losses(model)
+    losses.choose()
+    assert losses.way == Way(packs=True)
+
+
 def test_the_head_s_own_code_is_back_afterwards(adapted, make_batch):
     model = adapted()
     before = dict(vars(model.head))

@@ -1,5 +1,6 @@
 """The forecast of memory, against what tensors really take, and against what must be so."""
 
+import copy
 import tracemalloc
 
 import pytest
@@ -49,6 +50,16 @@ def test_activations_are_what_torch_s_allocator_held(name, shape, dtype, build, 
     model.train()
     predicted = forecast(name, dtype, batch_size=shape[0], length=shape[1]).activations
     assert predicted == pytest.approx(measured_peak(model, *shape), rel=0.2)
+
+
+def test_of_a_large_vocabulary_the_logits_are_never_all_there(build):
+    model = build("llama", vocab_size=20_000)
+    predicted = forecast_memory(
+        copy.deepcopy(model).to("meta"), LoRAConfig(r=4), train_config(8, 128), torch.float32
+    ).activations
+    inject(model, LoRAConfig(r=4))
+    assert predicted == pytest.approx(measured_peak(model, 8, 128), rel=0.1)
+    assert predicted < 8 * 128 * 20_000 * 4 / 1.5
 
 
 def test_the_rest_is_counted_by_entries(build, forecast):

@@ -497,8 +497,12 @@ def test_every_step_moves_the_weights_and_the_rate_rises_then_falls(steps, share
 def test_compiled_training_gives_the_losses_of_the_plain_one(adapted, batches, name):
     plain, compiled = adapted(name), adapted(name)
     expected = [e.loss for e in steps_of(train(plain, batches(4), config(4)))]
-    begun = train(compiled, batches(4), config(4, compile=True))
-    found = [e.loss for e in steps_of(begun)]
+    events = []
+    for event in train(compiled, batches(4), config(4, compile=True)):
+        events.append(event)
+        if isinstance(event, Step):
+            assert any(m._compiled_call_impl for m in compiled.modules())
+    found = [e.loss for e in steps_of(events)]
     assert found == pytest.approx(expected, rel=1e-4)
     assert not any(m._compiled_call_impl for m in compiled.modules())
     assert [e.loss for e in steps_of(train(compiled, batches(1), config(1)))]
