@@ -125,7 +125,8 @@ def _wire(
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     page.load(studio.guard(opened), None, run_id, **quiet)
     gr.on([page.load, train_page.select], studio.guard(train.gpu_choices), None, train_tab.gpus, **quiet)
-    train_tab.gpus.input(studio.guard(train.device_of), train_tab.gpus, train_tab.device, queue=False, **quiet)
+    last: dict[str, Any] = {"trigger_mode": "always_last"}  # of ticks that follow fast, none is lost
+    train_tab.gpus.input(studio.guard(train.device_of), train_tab.gpus, train_tab.device, queue=False, **last, **quiet)
     run_id.change(studio.guard(show), run_id, [head, *train_tab.controls], queue=False, **quiet)
     changed = [run_id, *train_tab.controls]
     head.turned(studio.guard(turned), run_id, changed, queue=False, **quiet)

@@ -197,7 +197,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
         **quiet,
     )
     was_read = [
-        starter.input(studio.guard(read), [starter, model], read_outputs, **loud),
+        starter.input(studio.guard(read), [starter, model], read_outputs, trigger_mode="always_last", **loud),
         upload.upload(studio.guard(read_upload), [upload, model], read_outputs, **loud),
         gr.on(
             [hub_read.click, hub_id.submit],

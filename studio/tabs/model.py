@@ -194,7 +194,7 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
             api_visibility="private",
             show_progress_on=facts,
         ),
-        preset.input(studio.guard(take_preset), [model, preset], names, **quiet),
+        preset.input(studio.guard(take_preset), [model, preset], names, trigger_mode="always_last", **quiet),
         names.input(lambda: CHOOSE, None, preset, queue=False, **quiet),
         page.load(studio.guard(look_at), [kind, place], shown, **quiet),
     ]

@@ -26,8 +26,9 @@ def workspace_folder(tmp_path_factory):
 class Server:
     """The `lora-studio` command, serving on a free port; it can be stopped and started again."""
 
-    def __init__(self, workspace, *options):
-        self.workspace, self.options = workspace, options
+    def __init__(self, workspace, *options, first=""):
+        """`first` is Python that runs before the command does."""
+        self.workspace, self.options, self.first = workspace, options, first
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -36,7 +37,8 @@ class Server:
 
     def start(self):
         self.log = (self.workspace / "server.txt").open("ab")
-        command = [sys.executable, "-m", "studio", "--no-browser", "--port", str(self.port)]
+        start = f"import sys; {self.first}\nfrom studio.__main__ import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", start, "--no-browser", "--port", str(self.port)]
         self.process = subprocess.Popen(
             [*command, "--workspace", str(self.workspace), *self.options],
             stdout=self.log,
@@ -79,6 +81,21 @@ def server(workspace_folder):
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def server_after(workspace_folder):
+    """server_after(python): a server in whose process that ran first."""
+    started = []
+
+    def start(python: str) -> Server:
+        started.append(server := Server(workspace_folder, first=python))
+        server.start()
+        return server
+
+    yield start
+    for server in started:
+        server.stop()
 
 
 @pytest.fixture(scope="module")
