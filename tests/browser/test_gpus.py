@@ -1,7 +1,5 @@
 """The choice of several GPUs, in a real browser; torch reports three, as this machine need not have one."""
 
-import pytest
-
 from studio.runs import Runs
 from studio.workspace import Workspace
 
@@ -29,7 +27,7 @@ def test_ticked_gpus_become_the_device_of_the_run(server_after, workspace_folder
 
     def device_is(name):
         page.wait_for_function(
-            "name => [...document.querySelectorAll('#setting-device input, #setting-device textarea')].some(e => e.value === name)",
+            "name => [...document.querySelectorAll('#setting-device :is(input, textarea)')].some(e => e.value === name)",
             arg=name,
             timeout=WAIT,
         )
