@@ -6,9 +6,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass
@@ -68,7 +70,7 @@ def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """Returns how far memory rises while `work` runs above what was in use before it; on a CPU, of the process."""
+    """Returns how far what torch has allocated on `device` rises while `work` runs above what was there before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -77,6 +79,15 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    results = seen.profiler.kineto_results  # type: ignore[union-attr]
+    return max(accumulate((event.nbytes() for event in results.events() if event.name() == "[memory]"), initial=0))
+
+
+def resident_bytes(work: Callable[[], object]) -> int:
+    """Returns how far the process' resident memory rises while `work` runs: with what the C library does not reuse."""
+    gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed must not be found again and not be counted
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM falls to VmRSS
     before = _status("VmRSS")

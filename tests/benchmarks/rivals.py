@@ -114,7 +114,7 @@ def loralib_model(model: nn.Module, lora: LoRAConfig) -> nn.Module:
             if has_bias:
                 layer.bias = module.bias
             parent = model.get_submodule(path.rpartition(".")[0])
-            setattr(parent, name, layer.to(module.weight.device))
+            setattr(parent, name, layer.to(module.weight.device, module.weight.dtype))  # it multiplies no others
     loralib.mark_only_lora_as_trainable(model)
     model.config.use_cache = False
     return model

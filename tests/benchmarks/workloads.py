@@ -27,7 +27,7 @@ from core.fusion import Fusion
 from studio import models
 from studio.data import guess_spec, read_table, tokenize_row
 from studio.workspace import Workspace
-from tests.benchmarks.measure import Row, alternating, medians, peak_bytes, ratio
+from tests.benchmarks.measure import Row, alternating, medians, peak_bytes, ratio, resident_bytes
 from tests.benchmarks.rivals import Batch, Loop, Ours, loralib_model, peft_model, start_alike
 
 LORA = LoRAConfig(r=8, alpha=16)
@@ -139,7 +139,12 @@ def real_rows(bench: Bench) -> Iterator[Row]:
 
 def _memory(letter: str, what: str, variants: dict[str, Callable[[], object]], bench: Bench, target: str) -> Row:
     peaks = {name: peak_bytes(work, bench.device) / 2**20 for name, work in variants.items()}
-    return Row(letter, f"peak memory above the weights, {what}", peaks, "MiB", peaks["ours"] / peaks["PEFT"], target)
+    note = ""
+    if bench.device.type == "cpu":
+        resident = {name: resident_bytes(work) / 2**20 for name, work in variants.items()}
+        note = "resident: " + " · ".join(f"{name} {size:,.0f}" for name, size in resident.items())
+    what = f"peak memory above the weights, {what}"
+    return Row(letter, what, peaks, "MiB", peaks["ours"] / peaks["PEFT"], target, note)
 
 
 def full_rows(bench: Bench) -> Iterator[Row]:

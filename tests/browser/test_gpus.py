@@ -27,7 +27,7 @@ def test_ticked_gpus_become_the_device_of_the_run(server_after, workspace_folder
 
     def device_is(name):
         page.wait_for_function(
-            "name => [...document.querySelectorAll('#setting-device :is(input, textarea)')].some(e => e.value === name)",
+            "name => [...document.querySelectorAll('#setting-device :is(input, textarea)')].some(e => e.value == name)",
             arg=name,
             timeout=WAIT,
         )

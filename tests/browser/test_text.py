@@ -36,7 +36,10 @@ def hostile(workspace_folder):
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=16, eos_token_id=15, max_position_embeddings=256, **sizes))
+    with torch.no_grad():
+        model.lm_head.weight[15] = 0.0  # some other token is likelier than the end
     folder = workspace.root / NAME
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
