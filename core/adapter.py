@@ -13,9 +13,9 @@ from core.config import LoRAConfig
 from core.errors import AdapterFileError, listed
 from core.fused import LoRASlice, rows_of
 from core.inject import eject, injection_of, trained_in_full, wrap
-from core.layers import Wrapper
 from core.matrices import Factors
 from core.targets import Injection, Target, adaptable, count_parameters, lora_layers, wholes
+from core.wrapper import Wrapper
 
 
 @dataclass(frozen=True)

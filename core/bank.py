@@ -6,7 +6,6 @@ several at once, each at a strength of its own: then it runs their weighted sum.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from core.inject import places_of, replace
 from core.matrices import Factors, as_matrix, dense_weight, matrix_form
 from core.packing import join_magnitudes, join_slices
 from core.targets import lora_layers
+from core.wrapper import StandIn
 
 Row = str | None | Mapping[str, float]
 """What a row of a batch runs: an adapter by its name, None for the base, or name → strength of several."""
@@ -151,7 +151,7 @@ class _Update:
         return self.A, self.B * gain[:, None].to(self.B.device), gain - 1
 
 
-class _Banked(nn.Module):
+class _Banked(StandIn):
     """A layer with the updates of a bank beside it."""
 
     def __init__(
@@ -179,15 +179,6 @@ class _Banked(nn.Module):
                 place = slice(ends[name] - r, ends[name])
                 self._one[name] = self._A[place], self._B[:, place], None if diagonal is None else diagonals[-1]
         self._diagonals = torch.stack(diagonals) if any(d is not zeros for d in diagonals) else None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # a model's own code may ask a layer for its weight
-            base_layer = self.__dict__.get("_modules", {}).get("base_layer")
-            if base_layer is None or name.startswith("_"):
-                raise
-            return getattr(base_layer, name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns what the base layer does, with each row's own update."""

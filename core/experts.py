@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from core.errors import LoRAError
-from core.layers import LoRAPart, Wrapper
+from core.layers import LoRAPart
 from core.matrices import Layout, matrix_form
+from core.wrapper import Wrapper
 
 # The grouped product wants rows of 16 bytes, eight numbers of the smallest type.
 _RANKS_AT_ONCE = 8

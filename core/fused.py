@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import LoRAError
-from core.layers import LoRAPart, Wrapper
+from core.layers import LoRAPart
 from core.matrices import Layout, as_matrix, matrix_form, matrix_shape
+from core.wrapper import Wrapper
 
 Parts = dict[str, Tensor]
 

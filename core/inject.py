@@ -14,8 +14,9 @@ from core.config import LoRAConfig
 from core.errors import LoRAError
 from core.experts import LoRAExperts, stacks_of
 from core.fused import LoRAFused, rows_of
-from core.layers import Wrapper, adapted_layer
+from core.layers import adapted_layer
 from core.targets import Injection, lora_layers, plan
+from core.wrapper import Wrapper
 
 Holder = TypeVar("Holder", LoRAExperts, LoRAFused)
 

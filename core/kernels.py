@@ -4,11 +4,14 @@ All are autograd functions with the values and the gradients of the plain code, 
 weights of the base are frozen, so no gradient of theirs is formed.
 """
 
+import random
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
 from core.rounds import rounds
@@ -31,11 +34,18 @@ def product(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, W, bias)
 
 
+TAPE = 2**22
+"""How many random numbers are drawn for a dropout, once."""
+
+
 class Dropout(NamedTuple):
-    """A dropout that is drawn again from its seed when it is needed again, instead of being kept.
+    """A dropout that is made again from its seed when it is needed again, instead of being kept.
+
+    Which numbers stay is read from a tape that is drawn once in a process and is the same in all; the seed says where
+    the reading begins. So a dropout costs one multiplication.
 
     Attributes:
-        p: Share of x dropped, rounded to 1/256.
+        p: Share of x dropped.
         seed: Of this draw.
     """
 
@@ -47,25 +57,32 @@ class Dropout(NamedTuple):
         """Returns one seeded by torch's own generator of the CPU; None where nothing is dropped."""
         return cls(p, int(torch.empty((), dtype=torch.int64).random_())) if p else None
 
-    def __call__(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Returns x with a share of it dropped and the rest scaled up, as `F.dropout` does; a new tensor.
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns x with a share of it dropped and the rest scaled up, as `F.dropout` does; a new tensor."""
+        return (x * self.kept(x)).mul_(self.gain)
 
-        Args:
-            x: Any tensor.
-            kept: What `kept(x)` gave, if that was drawn already.
-        """
-        dropped = round(self.p * 256)
-        if dropped >= 256:
-            return torch.zeros_like(x)
-        return torch.mul(x, self.kept(x) if kept is None else kept).mul_(256 / (256 - dropped))
+    @property
+    def gain(self) -> float:
+        """By how much the rest is scaled up."""
+        return 1 / (1 - self.p) if self.p < 1 else 0.0
 
     def kept(self, x: Tensor) -> Tensor:
-        """Returns which numbers of x stay, like x, bool."""
-        generator = torch.Generator(x.device).manual_seed(self.seed)
-        # Eight bytes at a draw: a byte says whether one number is dropped.
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
-        bits = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[: x.numel()].view(x.shape)
-        return bits >= round(self.p * 256)
+        """Returns like x 1 for each number that stays and 0 for the others; often a view, not to be written to."""
+        tape, longest = _tape(self.p, x.dtype, x.device), TAPE // 2
+        begins = random.Random(self.seed)
+        pieces = []
+        for done in range(0, x.numel(), longest):
+            begin = begins.randrange(TAPE - longest)
+            pieces.append(tape[begin : begin + min(longest, x.numel() - done)])
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(x.shape)
+
+
+@lru_cache(maxsize=4)
+def _tape(p: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns (TAPE) numbers, 0 with probability p and else 1; real ones, also where others have none."""
+    with unset_fake_temporarily(), torch.inference_mode(False):
+        drawn = torch.rand(TAPE, generator=torch.Generator().manual_seed(0)) >= p
+        return drawn.to(device, dtype)
 
 
 class Linear(NamedTuple):
@@ -92,8 +109,9 @@ class Linear(NamedTuple):
         h = product(x, self.W, self.bias)
         if self.A is None or self.B is None:
             return h, None
-        low = product(x if self.dropout is None else self.dropout(x), self.A.to(x.dtype))
-        return h.addmm_(low, self.B.to(x.dtype).T, alpha=self.scale), low
+        seen = x if self.dropout is None else x * self.dropout.kept(x)
+        low = product(seen, self.A.to(x.dtype))
+        return h.addmm_(low, self.B.to(x.dtype).T, alpha=self._scale), low
 
     def backward(self, dh: Tensor, x: Tensor | None, low: Tensor | None, *, needs_dx: bool) -> "Gradients":
         """Returns the gradients of x, A and B for that of h; x may be None where A is."""
@@ -101,15 +119,19 @@ class Linear(NamedTuple):
         if self.A is None or self.B is None or x is None or low is None:
             return Gradients(dx, None, None)
         # Of Bᵀ, which is small, a copy: matrices whose rows lie together are multiplied faster.
-        dlow = product(dh, self.B.to(dh.dtype).T.contiguous()).mul_(self.scale)
+        dlow = product(dh, self.B.to(dh.dtype).T.contiguous()).mul_(self._scale)
         kept = None if self.dropout is None else self.dropout.kept(x)
-        seen = x if self.dropout is None else self.dropout(x, kept)
-        dA = product(dlow.T, seen.T).to(self.A.dtype)
-        dB = product(low.T, dh.T).T.to(self.B.dtype).mul_(self.scale)
+        dA = product(dlow.T, (x if kept is None else x * kept).T).to(self.A.dtype)
+        dB = product(low.T, dh.T).T.to(self.B.dtype).mul_(self._scale)
         if dx is not None:
             A = self.A.to(dh.dtype)
-            dx = dx.addmm_(dlow, A) if self.dropout is None else dx.add_(self.dropout(dlow @ A, kept))
+            dx = dx.addmm_(dlow, A) if kept is None else dx.addcmul_(dlow @ A, kept)
         return Gradients(dx, dA, dB)
+
+    @property
+    def _scale(self) -> float:
+        """Of B·A·x for what dropout leaves of x."""
+        return self.scale if self.dropout is None else self.scale * self.dropout.gain
 
 
 class Gradients(NamedTuple):

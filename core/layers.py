@@ -4,7 +4,6 @@ Source: Hu et al. 2021, arXiv:2106.09685, §4.1, eq. 3; for embeddings and convo
 """
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -18,79 +17,12 @@ from core.matrices import (
     Factors,
     Layout,
     as_matrix,
-    dense_weight,
     is_conv1d,
     matrix_form,
     matrix_shape,
-    plain_linear,
 )
-
-
-class Wrapper(nn.Module):
-    """A layer that stands in another's place, and can put W0 + ΔW in the place of W0."""
-
-    base_layer: nn.Module
-    weight_name: str = "weight"
-    """What the base layer calls W0."""
-
-    def __init__(self) -> None:
-        """Starts unmerged; the base layer is still to be set."""
-        super().__init__()
-        # What _put() took out: a parameter, or a whole quantized layer. Not registered, so that it
-        # stays out of state_dict() and out of the optimizer.
-        self._unmerged: tuple[nn.Parameter | nn.Module, ...] = ()
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # A model's own code may ask a layer for its kernel_size or num_embeddings.
-            base_layer = self.__dict__.get("_modules", {}).get("base_layer")
-            if base_layer is None or name.startswith("_"):
-                raise
-            return getattr(base_layer, name)
-
-    @property
-    def merged(self) -> bool:
-        """Whether the base weight now holds W0 + ΔW."""
-        return bool(self._unmerged)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Gives the base layer its own W0 back, bit for bit, as the same object."""
-        if not self.merged:
-            return
-        (original,) = self._unmerged
-        if isinstance(original, nn.Module):
-            self.base_layer = original
-        else:
-            now = self.base_layer.get_parameter(self.weight_name)
-            if original.device != now.device or original.dtype != now.dtype:  # the model was moved meanwhile
-                original.data = original.data.to(device=now.device, dtype=now.dtype)
-            self.base_layer.register_parameter(self.weight_name, original)
-        self._unmerged = ()
-
-    def _W0(self) -> Tensor:
-        """Returns W0 as it lies, merged or not, in a floating type."""
-        original = self._unmerged[0] if self.merged else self.base_layer
-        return dense_weight(original) if isinstance(original, nn.Module) else original.detach()
-
-    def _put(self, total: Tensor) -> None:
-        """Puts `total` in the place of W0, rounded to its type; what stood there is kept."""
-        base_layer = self.base_layer
-        weight = nn.Parameter(total.to(self._W0().dtype), requires_grad=False)
-        original: Any = getattr(base_layer, self.weight_name, None)
-        if isinstance(original, nn.Parameter) and original.is_floating_point():
-            base_layer.register_parameter(self.weight_name, weight)
-            self._unmerged = (original,)
-            return
-        warnings.warn(
-            f"A {type(base_layer).__name__} is merged in {str(weight.dtype).removeprefix('torch.')}, not quantized: "
-            "quantizing W0 + ΔW again would change the function. unmerge gives the quantized layer back.",
-            stacklevel=3,
-        )
-        self.base_layer = plain_linear(base_layer, weight)
-        self._unmerged = (base_layer,)
+from core.starts import draw_A, olora, pissa
+from core.wrapper import Wrapper
 
 
 class LoRALayer(Wrapper, ABC):
@@ -318,9 +250,9 @@ class LoRALayer(Wrapper, ABC):
         if init in ("pissa", "olora"):
             if device.type == "meta":
                 return torch.empty(self.r, self.in_features, device=device), B
-            start = _pissa if init == "pissa" else _olora
+            start = pissa if init == "pissa" else olora
             return start(self.weight_matrix().float(), self.r, self.scaling)
-        return _draw_A(self.r, self.in_features, init, device, generator), B
+        return draw_A(self.r, self.in_features, init, device, generator), B
 
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
@@ -478,28 +410,3 @@ def adapted_layer(base_layer: nn.Module, r: int, scaling: float, **options: Any)
     """Returns `base_layer` in the LoRA layer of its kind; arguments and errors as of `LoRALayer`."""
     kind = next((k for k in (LoRAEmbedding, LoRAConv) if k.form == matrix_form(base_layer)), LoRALinear)
     return kind(base_layer, r, scaling, **options)
-
-
-def _draw_A(r: int, in_features: int, init: str, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    if device.type == "meta":
-        return torch.empty(r, in_features, device=device)
-    A = torch.empty(r, in_features)
-    if init == "gaussian":
-        A.normal_(0.0, 1 / math.sqrt(r), generator=generator)
-    else:  # kaiming_uniform_ with a = √5, as in loralib: uniform within ±1/√in_features
-        bound = 1 / math.sqrt(in_features)
-        A.uniform_(-bound, bound, generator=generator)
-    return A.to(device)
-
-
-def _pissa(W: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Returns A and B of the top r singular directions of W, split evenly (arXiv:2404.02948, eq. 2 and 3)."""
-    U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
-    root = (sigma[:r] / scaling).sqrt()
-    return (root[:, None] * Vh[:r]).contiguous(), (U[:, :r] * root).contiguous()
-
-
-def _olora(W: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Returns A and B as the first r rows of R and columns of Q, W = Q·R (arXiv:2406.01775, alg. 1)."""
-    Q, R = torch.linalg.qr(W)
-    return R[:r].contiguous(), Q[:, :r].contiguous()

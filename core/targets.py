@@ -11,8 +11,9 @@ from core.config import ALL_LINEAR, LoRAConfig
 from core.errors import LoRAError, TargetError, listed
 from core.experts import is_transposed, stacks_of
 from core.fused import parts_of, rows_of
-from core.layers import LoRALayer, Wrapper
+from core.layers import LoRALayer
 from core.matrices import as_matrix, matrix_form, matrix_shape
+from core.wrapper import Wrapper
 
 FORMS = ("linear", "slice", "embedding", "convolution", "expert")
 

@@ -228,6 +228,10 @@ def _spawn(run: Run) -> None:
         run.place = None
 
 
+KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
+"""What tells glibc to give no memory back before the process ends."""
+
+
 def _detached(module: list[str], log: IO[bytes], *fds: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-P", "-m", *module],
@@ -237,8 +241,9 @@ def _detached(module: list[str], log: IO[bytes], *fds: int) -> subprocess.Popen[
         start_new_session=True,
         pass_fds=fds,
         # Waiting threads sleep instead of spinning: a step takes a fifth longer on an idle machine, and not ten
-        # times as long beside a browser that wants the same cores.
-        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+        # times as long beside a browser that wants the same cores. And what a step has freed, the next finds again:
+        # given back to the system, each page would have to be fetched anew, a twentieth of a step's time.
+        env={"OMP_WAIT_POLICY": "PASSIVE", **KEEPS_MEMORY, **os.environ},
     )
 
 

@@ -90,6 +90,7 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
                         lines=2,
                         max_lines=3,
                         interactive=False,
+                        placeholder="And here what it was computed with, and how fast.",
                         elem_id=f"engine-{pane}",
                         elem_classes=["engine"],
                     )

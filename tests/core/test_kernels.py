@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
@@ -163,7 +164,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p):
 
 
 def test_dropout_of_everything_leaves_nothing():
-    assert not Dropout(0.999, 3)(torch.ones(4, 5)).any()
+    assert not Dropout(1.0, 3)(torch.ones(4, 5)).any()
 
 
 def test_dropout_drops_each_number_for_itself():
@@ -171,6 +172,20 @@ def test_dropout_drops_each_number_for_itself():
     assert (dropped.mean(0) - 0.5).abs().max() < 0.1
     pairs = (dropped.T @ dropped / 1000).fill_diagonal_(0.25)
     assert (pairs - 0.25).abs().max() < 0.1
+
+
+def test_dropout_of_more_numbers_than_the_tape_has_reads_it_several_times_from_other_places():
+    kept_ = Dropout(0.5, 3).kept(torch.ones(2, kernels.TAPE))
+    pieces = kept_.view(4, -1)
+    assert (kept_.mean() - 0.5).abs() < 0.01
+    assert all(not torch.equal(pieces[i], pieces[j]) for i in range(4) for j in range(i))
+
+
+def test_a_dropout_that_was_forecast_first_is_a_real_one_afterwards():
+    dropout = Dropout(0.123, 3)
+    with FakeTensorMode():
+        assert dropout.kept(torch.ones(40, 50)).shape == (40, 50)
+    assert (dropout.kept(torch.ones(40, 50)) == 0).float().mean().item() == pytest.approx(0.123, abs=0.05)
 
 
 @pytest.mark.parametrize("x_learns", [True, False])
