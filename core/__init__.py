@@ -2,7 +2,7 @@
 
 from core.adapter import Adapter
 from core.algebra import Truncation, difference, distance, equal, inner_product, norm, truncate, weighted_sum
-from core.attention import Segments, causal_attention
+from core.attention import Segments, SegmentsError, causal_attention
 from core.bank import AdapterBank
 from core.checkpoint import Checkpoint
 from core.config import ALL_LINEAR, LoRAConfig, TrainConfig

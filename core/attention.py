@@ -19,6 +19,10 @@ BLOCK = 64
 """Queries at a time."""
 
 
+class SegmentsError(TypeError):
+    """An attention does not take rows that lie in one row."""
+
+
 class Segments:
     """Rows that lie in one row, each token once, and that do not see each other but where they are the same.
 

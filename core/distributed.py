@@ -179,8 +179,17 @@ class World:
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
     """Yields the parts of a model that are passed one after another: the members of its outermost lists."""
+    for group in block_lists(module):
+        yield from group
+
+
+def block_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """Yields the outermost lists of a model."""
     for child in module.children():
-        yield from child if isinstance(child, nn.ModuleList) else blocks(child)
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from block_lists(child)
 
 
 def is_lost(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import LoRAError, Segments, causal_attention, quoted
+from core import LoRAError, Segments, SegmentsError, causal_attention, quoted
 from studio import gguf, hub
 from studio.model_files import (
     STARTER,
@@ -228,26 +228,30 @@ def _attention(
     """Returns (batch, seq, heads, d): attention as transformers asks for it, by ours where it is plainly causal.
 
     Raises:
-        TypeError: The rows of `segments` would have to see more, or less, than themselves.
+        SegmentsError: The rows of `segments` would have to see more, or less, than themselves.
     """
+    from torch import bool as bool_
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     is_causal = rest.get("is_causal")
     window = rest.get("sliding_window")
+    longest = key.shape[2] if segments is None else segments.places.shape[1]
+    # The mask of a window is made for one row; where it cuts nothing off those that lie in it, they need none.
+    is_of_window = segments is not None and window is not None and getattr(attention_mask, "dtype", None) == bool_
     is_plain = (
-        attention_mask is None
+        (attention_mask is None or is_of_window)
         and dropout == 0.0
         and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
         and query.shape[2] == key.shape[2] > 1
         and query.shape[3] == key.shape[3] == value.shape[3]
-        and (window is None or window >= key.shape[2])
+        and (window is None or window >= longest)
         and all(value is None for name, value in rest.items() if name not in _PLAIN)
     )
     if is_plain:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return causal_attention(query, key, value, scale, segments).transpose(1, 2), None
     if segments is not None:
-        raise TypeError("This attention does not take rows that lie one after the other.")
+        raise SegmentsError("This attention does not take rows that lie one after the other.")
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **rest)
 
 

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from core import LoRAConfig, inject
 from core.losses import Losses, Way
-from studio.models import prepare_to_train
+from studio.models import load_model, prepare_to_train
+from studio.workspace import Workspace
 from tests.core.families import FAMILIES, decoder
 
 WINDOW = {"sliding_window": 4}
@@ -19,9 +20,12 @@ MODELS = {
     },
     **{name: FAMILIES[name].make for name in ("gpt2", "bloom", "falcon", "mixtral")},
     "a window": decoder("Mistral", **WINDOW),
+    "a window as long as the longest row": decoder("Mistral", sliding_window=12),
+    "a window that a row is longer than": decoder("Mistral", sliding_window=11),
     "capped logits": decoder("Gemma2", head_dim=8, query_pre_attn_scalar=8),
 }
 PACKS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt_neox", "opt", "gpt2"}
+PACKS |= {"a window as long as the longest row", "a window that a row is longer than"}
 
 
 def batch():
@@ -77,6 +81,7 @@ def test_a_model_made_ready_has_the_losses_and_gradients_that_it_had(prepared, n
     with losses.fusion:
         found = losses(batch())
         found.sum().backward()
+    assert losses.way.packs == (name in PACKS - {"a window that a row is longer than"})
     expected = by_the_book(twin, batch())
     expected.sum().backward()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -133,3 +138,13 @@ def test_activation_checkpointing_changes_no_gradient(activation_checkpointing):
     for path, p in model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(by[path], p.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_the_starter_model_packs_in_half_precision_too(tmp_path):
+    model = load_model("starter", Workspace(tmp_path), device=torch.device("cpu"), dtype=torch.bfloat16)
+    prepare_to_train(model)
+    inject(model, LoRAConfig(r=2))
+    losses = Losses(model)
+    losses.choose()
+    assert losses.way == Way(True, True)
+    assert len(model.model.layers) == 30 and model.dtype == torch.bfloat16
