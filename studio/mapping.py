@@ -81,6 +81,12 @@ class DataSpec(Config):
         minimum=1,
         advanced=True,
     )
+    bad_rows: Literal["stop", "skip"] = setting(
+        "stop",
+        "Rows that cannot be used",
+        "stop: a run does not start before they are mended. skip: it trains on the others, and says how many there were.",
+        choices=("stop", "skip"),
+    )
     max_rows: int = setting(
         0, "Most rows", "Takes so many rows, drawn by the seed. 0 takes all.", minimum=0, advanced=True
     )

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,9 +200,10 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
     with world.first_alone():
         tokenizer = models.load_tokenizer(spec.model, workspace)
         try:
-            prepared = data.prepare(
-                spec.data, tokenizer, max_length=spec.train.max_length, seed=spec.train.seed, workspace=workspace
-            )
+            # What has begun had its rows checked; what it skipped then, it skips now.
+            rows = replace(spec.data, bad_rows="skip") if start else spec.data
+            train_settings = {"max_length": spec.train.max_length, "seed": spec.train.seed}
+            prepared = data.prepare(rows, tokenizer, workspace=workspace, progress=note, **train_settings)
         except LoRAError as error:
             raise _DataError(str(error)) from error
     for sentence in prepared.report.sentences():
