@@ -1,4 +1,4 @@
-"""What may be wrong with a data set before a step is taken: each check has its rows, and those that waste a run stop it.
+"""What may be wrong with a data set before a step is taken: each check has its rows; what wastes a run stops it.
 
 The page shows these checks; the worker asks the very same ones before it trains.
 """

@@ -26,9 +26,9 @@ from studio.mapping import (
     reference,
     to_messages,
 )
-from studio.readers import Row
-from studio.rendering import IGNORED, Example, Piece, marked_tokens, prompt_ids, render, tokenize_row
-from studio.survey import Split, Survey
+from studio.rendering import IGNORED, Example, Piece, end_tokens, marked_tokens, prompt_ids, render, tokenize_row
+from studio.rows import Row
+from studio.survey import ENDED, Split, Survey
 from studio.tables import Starter, Table, list_starters, read_table, save_upload
 from studio.workspace import Workspace
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 __all__ = [
+    "ENDED",
+    "IGNORED",
     "Batches",
     "Check",
     "DataSpec",
@@ -53,6 +55,7 @@ __all__ = [
     "blocked",
     "check_spec",
     "checks",
+    "end_tokens",
     "eval_batches",
     "guess_spec",
     "list_starters",
@@ -159,7 +162,7 @@ def prepare(
     Raises:
         LoRAError: The source cannot be read, a column is missing, the template does not fit, or no row can be used.
     """
-    table = read_table(spec.source, workspace)
+    table = read_table(spec.source, workspace, spec.eval_source)
     examples, place_of = Examples(max_length), array("q")
 
     def keep(place: int, example: Example) -> None:

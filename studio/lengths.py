@@ -56,15 +56,27 @@ def cut(lengths: "Sequence[int] | array[int] | np.ndarray", max_length: int, bat
     )
 
 
+def right_end(lengths: "Sequence[int] | array[int] | np.ndarray") -> int:
+    """Returns the length at the right end of the histogram, in tokens."""
+    num_bars, width = _bars(np.asarray(lengths, np.int64))
+    return num_bars * width
+
+
+def _bars(lengths: np.ndarray) -> tuple[int, int]:
+    """Returns how many bars there are, and how many lengths each stands for."""
+    whole = lengths[lengths > 0]
+    top = int(max(np.quantile(whole, _TAIL), 8)) if len(whole) else 8
+    width = max(1, -(-top // NUM_BARS))
+    return -(-top // width), width
+
+
 def histogram(lengths: "Sequence[int] | array[int] | np.ndarray", max_length: int) -> str:
     """Returns HTML of the rows' lengths with the cut-off as a line; what lies beyond it is paler."""
     whole = np.asarray(lengths, np.int64)
     whole = whole[whole > 0]
     if not len(whole):
         return ""
-    top = int(max(np.quantile(whole, _TAIL), 8))
-    width = max(1, -(-top // NUM_BARS))
-    num_bars = -(-top // width)
+    num_bars, width = _bars(whole)
     counts = np.bincount(np.minimum((whole - 1) // width, num_bars - 1), minlength=num_bars)
     right, most = num_bars * width, int(counts.max())
     place = min(max_length / right, 1.0)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from core.errors import LoRAError
 from studio.mapping import DataSpec, Message, RowError, to_messages
-from studio.readers import Row
+from studio.rows import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -212,7 +212,7 @@ def _encode(pieces: Sequence[Piece], tokenizer: "Tokenizer") -> list[list[int]]:
 
 
 def _encode_all(rows: Sequence[Sequence[Piece]], tokenizer: "Tokenizer") -> list[list[list[int]]]:
-    """Returns the ids of each row's pieces; they depend on the piece alone, so that a prompt has the same everywhere."""
+    """Returns the ids of each row's pieces; they depend on the piece alone: a prompt has the same everywhere."""
 
     def encode(texts: list[str]) -> list[list[int]]:
         if not texts:

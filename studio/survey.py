@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from studio.mapping import DataSpec, Message, RowError, check_spec, to_messages
-from studio.readers import Row
 from studio.rendering import IGNORED, Example, Piece, beyond, end_tokens, render, tokenize_pieces
+from studio.rows import Row
 from studio.tables import Table
 
 if TYPE_CHECKING:
@@ -186,6 +186,10 @@ class Survey:
     def number(self, place: int) -> int:
         """Returns a row's number among those that its source has of its kind, from 1."""
         return int(self._numbers[place]) + 1
+
+    def where(self, place: int) -> str:
+        """Returns the file that a row stands in, and its line or its number there."""
+        return self.table.where(int(self._numbers[place]), place >= self.num_first)
 
     def row(self, place: int) -> Row:
         """Returns a row itself."""

@@ -663,7 +663,7 @@ def test_batches_refuse_nothing_to_draw_from():
         ("wikisql/valid.jsonl", "text", "text"),
         ("glue/RTE/dev.tsv", "pair", "sentence1 label"),
         ("glue/CoLA/dev.tsv", "pair", "col4 col2"),
-        ("glue/MRPC/dev.tsv", "pair", "#1_String #2_String"),
+        ("glue/MRPC/dev.tsv", "pair", "#1_String Quality"),
         ("instruct/user_oriented_instructions.jsonl", "pair", "instruction instances.output"),
         ("instruct/alpaca_en_demo.json", "pair", "instruction output"),
         ("instruct/sharegpt_conversations.json", "messages", "conversations"),
