@@ -29,7 +29,7 @@ from studio.mapping import (
 from studio.rendering import IGNORED, Example, Piece, end_tokens, marked_tokens, prompt_ids, render, tokenize_row
 from studio.rows import Row
 from studio.survey import ENDED, Split, Survey
-from studio.tables import Starter, Table, list_starters, read_table, save_upload
+from studio.tables import Starter, Table, fingerprint, list_starters, read_table, save_upload
 from studio.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -130,11 +130,13 @@ class Prepared(NamedTuple):
         train: Rows to train on.
         evaluation: Rows held out; may be empty.
         report: What became of all rows.
+        hashes: Source -> SHA-256 of its bytes, or of a Hub set's rows.
     """
 
     train: Sequence[Example]
     evaluation: Sequence[Example]
     report: PrepareReport
+    hashes: dict[str, str]
 
 
 def prepare(
@@ -181,7 +183,10 @@ def prepare(
         raise LoRAError(reason)
     kept = np.asarray(place_of)
     train, evaluation = (examples.at(np.searchsorted(kept, part)) for part in (split.train, split.evaluation))
-    return Prepared(train, evaluation, report)
+    hashes = fingerprint(spec.source, workspace, table)
+    if spec.eval_source:
+        hashes |= fingerprint(spec.eval_source, workspace, table)
+    return Prepared(train, evaluation, report, hashes)
 
 
 def blocked(survey: Survey, report: PrepareReport, found: Sequence[Check]) -> str:

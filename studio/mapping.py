@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -159,7 +160,7 @@ def _guess_columns(table: Table) -> dict[str, str]:
     return _guess_by_length(table.columns, sample)
 
 
-def _guess_by_length(columns: tuple[str, ...], sample: list[Row]) -> dict[str, str]:
+def _guess_by_length(columns: tuple[str, ...], sample: Sequence[Row]) -> dict[str, str]:
     values = {name: ["" if row.get(name) is None else str(row[name]) for row in sample] for name in columns}
     lengths = {name: sum(map(len, values[name])) for name in columns}
     first, *others = sorted(columns, key=lambda name: -lengths[name])

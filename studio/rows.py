@@ -144,6 +144,8 @@ class Chain(Sequence[Row]):
         """Returns the file that a row stands in, and its line or its number there."""
         part, place = self._find(place)
         name, rows = self._parts[part]
+        if isinstance(rows, Chain):
+            return rows.where(place)
         return f"{name}, line {rows.line(place)}" if isinstance(rows, JSONLines) else f"{name}, row {place + 1:,}"
 
 

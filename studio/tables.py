@@ -1,5 +1,6 @@
 """Reading data sets: starter sets, files and Hub sets become rows of named columns."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -103,6 +104,35 @@ def read_table(source: str | Path, workspace: Workspace, eval_source: str = "") 
     held_out = _join([replace(part, eval_rows=[]) for part in own])
     problems = tuple(dict.fromkeys((*table.problems, *held_out.problems)))
     return replace(table, eval_rows=held_out.rows, problems=problems)
+
+
+def fingerprint(source: str, workspace: Workspace, table: Table) -> dict[str, str]:
+    """Returns source -> SHA-256 of each part of `source`: of a file's bytes; of a Hub set's rows, as JSON.
+
+    Args:
+        source: As `read_table` takes it.
+        workspace: Where uploads lie.
+        table: What was read from it; a Hub set is not fetched again.
+
+    Raises:
+        LoRAError: A file is gone.
+    """
+    found = {}
+    for one in split_source(source):
+        kind, _, rest = one.partition(":")
+        digest = hashlib.sha256()
+        if kind == "hub":
+            for row in itertools.chain(table.rows, table.eval_rows):
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        else:
+            parts = sorted((STARTERS / rest).glob("*.jsonl")) if kind == "starter" else [locate(one, workspace)]
+            for path in parts:
+                check_file(path)
+                with path.open("rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+        found[one] = digest.hexdigest()
+    return found
 
 
 def split_source(source: str | Path) -> list[str]:
@@ -285,7 +315,7 @@ def _table(name: str, rows: Sequence[Row], eval_rows: Sequence[Row], notes: list
     columns = tuple(dict.fromkeys(itertools.chain.from_iterable(good)))
     _check_columns(name, columns)
     unfolded = _of_objects(columns, good)
-    both = [Chain([(name, part)] if len(part) else [], unfolded) for part in (rows, eval_rows)]
+    train, held_out = (Chain([(name, part)] if len(part) else [], unfolded) for part in (rows, eval_rows))
     if unfolded:
         shown = Chain([(name, good)], unfolded)
         columns = tuple(dict.fromkeys(itertools.chain.from_iterable(shown)))
@@ -295,7 +325,7 @@ def _table(name: str, rows: Sequence[Row], eval_rows: Sequence[Row], notes: list
     for column in columns:
         if column.encode(errors="ignore").decode() != column:  # no page can be sent it
             raise LoRAError(f"`{name}` has a column named {column!r}, which holds half of a character; rename it.")
-    return Table(name, columns, *both, tuple(notes))
+    return Table(name, columns, train, held_out, tuple(notes))
 
 
 def _check_columns(name: str, columns: Sequence[str]) -> None:

@@ -206,6 +206,8 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
             prepared = data.prepare(rows, tokenizer, workspace=workspace, progress=note, **train_settings)
         except LoRAError as error:
             raise _DataError(str(error)) from error
+    for source in run.note_data(prepared.hashes) if world.is_first else ():
+        note(f"{source} has changed since this run first read it; from here on it trains on other rows")
     for sentence in prepared.report.sentences():
         note(sentence)
     note("Loading the model")

@@ -113,7 +113,14 @@ def draw() -> Inspection:
     chosen = gr.Radio([], label="What was found", visible=False, elem_id="checks", elem_classes=["stacked"])
     advice = gr.HTML(elem_id="advice")
     rows = gr.Dataframe(
-        headers=HEADER, interactive=False, wrap=True, max_height=360, show_label=False, visible=False, elem_id="found"
+        headers=HEADER,
+        column_widths=["15%", "30%", "55%"],
+        interactive=False,
+        wrap=True,
+        max_height=360,
+        show_label=False,
+        visible=False,
+        elem_id="found",
     )
     shown = [verdict, histogram, cut, numbers, chosen, advice, rows]
     return Inspection(gr.State(None), max_length, check, shown, cut, chosen, rows, progress, cancel)

@@ -577,7 +577,8 @@ def survey(page, row_values):
     def press(**changes) -> dict:
         by_name = {key.partition(" ")[2]: value for key, value in row_values.items()}
         values = [
-            changes.get((c.elem_id or "").replace("-", "_"), by_name.get(c.elem_id or "", c.value)) for c in event.inputs
+            changes.get((c.elem_id or "").replace("-", "_"), by_name.get(c.elem_id or "", c.value))
+            for c in event.inputs
         ]
         values[0], values[3] = row_values["0 State"], next(v for k, v in row_values.items() if k.endswith("3 State"))
         *_, last = event.fn(*values)

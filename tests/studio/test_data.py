@@ -473,7 +473,7 @@ def ready(source: str, tokenizer, workspace, *, seed: int = 0, max_length: int =
     "settings", [{}, {"eval_fraction": 0.5}, {"eval_fraction": 0}, {"max_rows": 10}, {"max_eval_rows": 2}]
 )
 def test_every_row_is_accounted_for_and_none_is_on_both_sides(num_rows, settings, source, tokenizer, workspace):
-    train, evaluation, report = ready(source(rows_of(num_rows)), tokenizer, workspace, **settings)
+    train, evaluation, report, _ = ready(source(rows_of(num_rows)), tokenizer, workspace, **settings)
     assert (report.num_train, report.num_evaluation) == (len(train), len(evaluation))
     assert report.num_rows == num_rows == len(train) + len(evaluation) + len(report.skipped) + report.num_unused
     texts = texts_of([*train, *evaluation], tokenizer)
@@ -498,7 +498,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_others(source, tokenizer,
 
 def test_rows_with_one_prompt_stay_on_one_side(source, tokenizer, workspace):
     rows = [{"q": f"question {i // 5}", "a": f"answer {i}"} for i in range(200)]
-    train, evaluation, _ = ready(source(rows), tokenizer, workspace)
+    train, evaluation, *_ = ready(source(rows), tokenizer, workspace)
     prompts = [{text.split("\n")[0] for text in texts_of(part, tokenizer)} for part in (train, evaluation)]
     assert not prompts[0] & prompts[1]
     assert len(evaluation) == 20
@@ -506,13 +506,13 @@ def test_rows_with_one_prompt_stay_on_one_side(source, tokenizer, workspace):
 
 def test_rows_that_all_have_one_prompt_are_split_all_the_same(source, tokenizer, workspace):
     rows = [{"q": "Tell a joke.", "a": f"joke {i}"} for i in range(20)]
-    train, evaluation, _ = ready(source(rows), tokenizer, workspace)
+    train, evaluation, *_ = ready(source(rows), tokenizer, workspace)
     assert (len(train), len(evaluation)) == (18, 2)
 
 
 def test_the_data_set_s_own_evaluation_rows_are_used_and_capped(source, tokenizer, workspace):
     path = source({"train": rows_of(30), "test": rows_of(20, extra="x")})
-    train, evaluation, report = ready(path, tokenizer, workspace, max_eval_rows=5, eval_fraction=0)
+    train, evaluation, report, _ = ready(path, tokenizer, workspace, max_eval_rows=5, eval_fraction=0)
     assert (len(train), len(evaluation), report.num_rows, report.num_unused) == (30, 5, 50, 15)
 
 
@@ -520,7 +520,7 @@ def test_rows_that_cannot_be_used_are_skipped_with_their_number_and_reason(sourc
     rows = rows_of(6)
     rows[1]["a"] = ""
     rows[4]["q"] = "long " * 200
-    train, evaluation, report = ready(source({"train": rows, "test": rows[:2]}), tokenizer, workspace)
+    train, evaluation, report, _ = ready(source({"train": rows, "test": rows[:2]}), tokenizer, workspace)
     assert [number for number, _ in report.skipped] == [2, 5, 2]
     assert report.skipped[0][1] == "`a` is empty"
     assert "answer begins at token 202; raise `max_length` (=100)" in report.skipped[1][1]
@@ -678,7 +678,7 @@ def test_real_data_is_guessed_and_prepared_without_a_hand(name, layout, columns,
     used = [c for c in (spec.prompt, spec.completion, spec.messages, spec.text) if c]
     assert (spec.layout, " ".join(c.replace(" ", "_") for c in used)) == (layout, columns)
     spec = dataclasses.replace(spec, max_rows=200, bad_rows="skip")
-    train, evaluation, report = prepare(spec, tokenizer, max_length=256, seed=0, workspace=workspace)
+    train, evaluation, report, _ = prepare(spec, tokenizer, max_length=256, seed=0, workspace=workspace)
     assert len(report.skipped) <= 10
     assert report.num_rows == len(train) + len(evaluation) + len(report.skipped) + report.num_unused
     for example in [*train, *evaluation]:
@@ -691,7 +691,7 @@ def test_real_e2e_prompts_are_never_both_trained_and_held_out(tokenizer, workspa
     if not path.exists():
         pytest.skip("e2e/devset.csv is not here: it is not part of the project")
     spec = DataSpec(source=str(path), prompt="mr", completion="ref", template="plain")
-    train, evaluation, report = prepare(spec, tokenizer, max_length=256, seed=0, workspace=workspace)
+    train, evaluation, report, _ = prepare(spec, tokenizer, max_length=256, seed=0, workspace=workspace)
     prompts = [{text.split("\n")[0] for text in texts_of(part, tokenizer)} for part in (train, evaluation)]
     assert not prompts[0] & prompts[1]
     assert 50 <= len(evaluation) <= 64
