@@ -91,11 +91,12 @@ def _wire(
     def show(run: str | None) -> list[Any]:
         return [gr.HTML(run=run), *controls(run)]
 
-    def begin(name: str, sweep: str, *values: Any) -> Any:
+    def begin(name: str, sweep: str, look: Any, *values: Any) -> Any:
         chosen, lora = model.parse(model_tab.form, list(values[:num_model]))
         rows = data.parse(data_tab.form, list(values[num_model : num_model + num_data]))
         longest, *rest = values[num_model + num_data :]
         settings = TrainConfig.from_dict(train_tab.form.values(rest) | {"max_length": longest})
+        data.verify(look, chosen, rows, settings.max_length)
         spec = RunSpec(name.strip() or "Untitled", chosen, rows, lora, settings)
         return runs.picker(studio, studio.start(spec, sweep))
 
@@ -135,6 +136,7 @@ def _wire(
         [
             train_tab.name,
             train_tab.sweep,
+            data_tab.look,
             *model_tab.inputs,
             *data_tab.inputs,
             data_tab.max_length,

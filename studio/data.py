@@ -7,11 +7,16 @@ text and its tokens), and here. All that other modules need has its name here.
 import itertools
 import random
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from core.errors import LoRAError
+from studio.checks import Check, checks
+from studio.examples import Examples
 from studio.mapping import (
     DataSpec,
     RowError,
@@ -21,9 +26,10 @@ from studio.mapping import (
     reference,
     to_messages,
 )
-from studio.readers import Row
-from studio.rendering import IGNORED, Example, Piece, marked_tokens, prompt_ids, render, tokenize_row
-from studio.tables import Starter, Table, list_starters, read_table, save_upload
+from studio.rendering import IGNORED, Example, Piece, end_tokens, marked_tokens, prompt_ids, render, tokenize_row
+from studio.rows import Row
+from studio.survey import ENDED, Split, Survey
+from studio.tables import Starter, Table, fingerprint, list_starters, read_table, save_upload
 from studio.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -31,7 +37,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 __all__ = [
+    "ENDED",
+    "IGNORED",
     "Batches",
+    "Check",
     "DataSpec",
     "Example",
     "Piece",
@@ -39,9 +48,14 @@ __all__ = [
     "Prepared",
     "Row",
     "RowError",
+    "Split",
     "Starter",
+    "Survey",
     "Table",
+    "blocked",
     "check_spec",
+    "checks",
+    "end_tokens",
     "eval_batches",
     "guess_spec",
     "list_starters",
@@ -52,6 +66,7 @@ __all__ = [
     "read_table",
     "reference",
     "render",
+    "report_of",
     "save_upload",
     "to_messages",
     "tokenize_row",
@@ -115,11 +130,13 @@ class Prepared(NamedTuple):
         train: Rows to train on.
         evaluation: Rows held out; may be empty.
         report: What became of all rows.
+        hashes: Source -> SHA-256 of its bytes, or of a Hub set's rows.
     """
 
-    train: list[Example]
-    evaluation: list[Example]
+    train: Sequence[Example]
+    evaluation: Sequence[Example]
     report: PrepareReport
+    hashes: dict[str, str]
 
 
 def prepare(
@@ -147,39 +164,66 @@ def prepare(
     Raises:
         LoRAError: The source cannot be read, a column is missing, the template does not fit, or no row can be used.
     """
-    table = read_table(spec.source, workspace)
-    check_spec(spec, table)
-    draw = random.Random(f"rows {seed}")
-    reader = _RowReader(spec, tokenizer, max_length, progress)
-    train = reader.read(table.rows, _draw(len(table.rows), spec.max_rows, draw))
-    if table.eval_rows:
-        positions = _draw(len(table.eval_rows), spec.max_eval_rows, draw)
-        evaluation = reader.read(table.eval_rows, positions, "of the data set's own evaluation rows: ")
-    else:
-        size = min(max(1, round(len(train) * spec.eval_fraction)), spec.max_eval_rows)
-        held_out = _hold_out([key for key, _ in train], size, draw) if spec.eval_fraction and len(train) > 1 else set()
-        evaluation = [train[i] for i in sorted(held_out)]
-        train = [pair for i, pair in enumerate(train) if i not in held_out]
-    if not train:
-        raise LoRAError(
-            f"No row of {table.name} can be trained on ({_some(reader.skipped)}); "
-            "choose other columns, or mend the rows."
+    table = read_table(spec.source, workspace, spec.eval_source)
+    examples, place_of = Examples(max_length), array("q")
+
+    def keep(place: int, example: Example) -> None:
+        place_of.append(place)
+        examples.append(example)
+
+    survey = Survey(table, spec, tokenizer, seed, keep)
+    told, tell = time.monotonic(), progress or (lambda message: None)
+    for done in survey.read():
+        if time.monotonic() - told > 2:
+            told = time.monotonic()
+            tell(f"Reading the data: {done:,} of {survey.num_taken:,} rows")
+    split = survey.split(max_length)
+    report = report_of(survey, split, max_length)
+    if reason := blocked(survey, report, checks(survey, split, max_length)):
+        raise LoRAError(reason)
+    kept = np.asarray(place_of)
+    train, evaluation = (examples.at(np.searchsorted(kept, part)) for part in (split.train, split.evaluation))
+    hashes = fingerprint(spec.source, workspace, table)
+    if spec.eval_source:
+        hashes |= fingerprint(spec.eval_source, workspace, table)
+    return Prepared(train, evaluation, report, hashes)
+
+
+def blocked(survey: Survey, report: PrepareReport, found: Sequence[Check]) -> str:
+    """Returns why training on a survey's rows would be wasted, as one sentence; "" where nothing stops it."""
+    name = survey.table.name
+    if not report.num_train:
+        return f"No row of {name} can be trained on ({_some(report.skipped)}); choose other columns, or mend the rows."
+    if report.skipped and survey.spec.bad_rows == "stop":
+        return (
+            f"{_rows(len(report.skipped))} of {name} cannot be used ({_some(report.skipped)}); mend them, or choose "
+            "`bad_rows` (='stop') = skip to train on the others."
         )
-    kept = [example for _, example in train + evaluation]
-    num_rows = len(table.rows) + len(table.eval_rows)
-    report = PrepareReport(
+    return " ".join(f"{check.title}: {_rows(len(check.places))}. {check.advice}" for check in found if check.stops)
+
+
+def report_of(survey: Survey, split: Split, max_length: int) -> PrepareReport:
+    """Returns what becomes of a survey's rows when they are cut to `max_length`."""
+    kept = np.concatenate([split.train, split.evaluation])
+    lengths = np.asarray(survey.num_tokens)[kept]
+    over = np.maximum(0, lengths - max_length)
+    num_rows = len(survey.table.rows) + len(survey.table.eval_rows)
+    own = "of the data set's own evaluation rows: "
+    return PrepareReport(
         num_rows=num_rows,
-        num_train=len(train),
-        num_evaluation=len(evaluation),
-        num_unused=num_rows - len(kept) - len(reader.skipped),
-        num_cut_rows=sum(e.num_cut > 0 for e in kept),
-        num_cut_tokens=sum(e.num_cut for e in kept),
-        skipped=tuple(reader.skipped),
-        num_tokens=sum(len(e.input_ids) for e in kept),
-        num_trained_tokens=sum(len(e.labels) - e.labels.count(IGNORED) for e in kept),
-        notes=table.problems,
+        num_train=len(split.train),
+        num_evaluation=len(split.evaluation),
+        num_unused=num_rows - survey.num_taken,
+        num_cut_rows=int((over > 0).sum()),
+        num_cut_tokens=int(over.sum()),
+        skipped=tuple(
+            (survey.number(i), (own if i >= survey.num_first else "") + survey.reason(i, max_length))
+            for i in split.skipped.tolist()
+        ),
+        num_tokens=int((lengths - over).sum()),
+        num_trained_tokens=survey.num_trained(kept, max_length),
+        notes=survey.table.problems,
     )
-    return Prepared([example for _, example in train], [example for _, example in evaluation], report)
 
 
 class Batches:
@@ -244,57 +288,6 @@ def _collate(examples: Sequence[Example], pad_token_id: int | None) -> dict[str,
         attention_mask[i, :num_tokens] = 1
         labels[i, :num_tokens] = torch.tensor(example.labels)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-class _RowReader:
-    """Turns rows into examples, and remembers those that it skipped."""
-
-    def __init__(
-        self, spec: DataSpec, tokenizer: "Tokenizer", max_length: int, progress: Callable[[str], None] | None
-    ) -> None:
-        self.skipped: list[tuple[int, str]] = []
-        self._spec, self._tokenizer, self._max_length = spec, tokenizer, max_length
-        self._progress = progress or (lambda message: None)
-        self._told = time.monotonic()
-
-    def read(self, rows: list[Row], positions: Sequence[int], where: str = "") -> list[tuple[str, Example]]:
-        """Returns (prompt, example) of the rows at `positions` that can be used."""
-        found = []
-        for done, position in enumerate(positions):
-            if time.monotonic() - self._told > 2:
-                self._told = time.monotonic()
-                self._progress(f"Reading the data: {done:,} of {len(positions):,} rows")
-            row = rows[position]
-            try:
-                example = tokenize_row(row, self._spec, self._tokenizer, self._max_length)
-                found.append((_prompt_of(row, self._spec), example._replace(row=position + 1)))
-            except RowError as error:
-                self.skipped.append((position + 1, f"{where}{error}"))
-        return found
-
-
-def _prompt_of(row: Row, spec: DataSpec) -> str:
-    content = to_messages(row, spec)
-    return content if isinstance(content, str) else next(m["content"] for m in content if m["role"] == "user")
-
-
-def _draw(num_rows: int, limit: int, draw: random.Random) -> Sequence[int]:
-    """Returns which rows to take, in their order: all, or as many as `limit`, where that is not 0."""
-    return sorted(draw.sample(range(num_rows), limit)) if 0 < limit < num_rows else range(num_rows)
-
-
-def _hold_out(keys: Sequence[str], size: int, draw: random.Random) -> set[int]:
-    """Returns up to `size` positions, at least one; equal keys together unless each key has more than `size`."""
-    groups: dict[str, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
-    order = list(groups.values())
-    draw.shuffle(order)
-    held_out: set[int] = set()
-    for group in order:
-        if len(held_out) + len(group) <= size:
-            held_out.update(group)
-    return held_out or set(draw.sample(range(len(keys)), size))
 
 
 def _rows(number: int) -> str:

@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from core.declarations import Config, setting
 from core.errors import LoRAError
-from studio.readers import Row, names_of
+from studio.readers import names_of
+from studio.rows import BadRow, Row
 from studio.tables import Table, list_starters
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -25,6 +27,17 @@ PAIRS = (
 CONTEXTS = {"instruction": ("input", "instances.input"), "question": ("context",)}
 CONTEXTS |= {"sentence1": ("sentence2",), "premise": ("hypothesis",)}
 
+# Two texts and what they are to each other, as in GLUE.
+TEXT_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text1", "text2"),
+    ("#1_string", "#2_string"),
+)
+LABELS = ("label", "gold_label", "quality", "is_duplicate", "score", "similarity")
+
 Message = dict[str, str]
 
 
@@ -39,7 +52,11 @@ class DataSpec(Config):
     source: str = setting(
         "starter:restaurants",
         "Data set",
-        "starter:NAME, the path of a JSONL, JSON, CSV, TSV, Parquet or text file, or hub:owner/name.",
+        "starter:NAME, the path of a JSONL, JSON, CSV, TSV, Parquet or text file, or hub:owner/name; several with a "
+        "semicolon between them.",
+    )
+    eval_source: str = setting(
+        "", "Evaluation data", "The like, whose rows are held out in place of a share of the data set's; may be empty."
     )
     layout: Literal["pair", "messages", "text"] = setting(
         "pair",
@@ -81,6 +98,12 @@ class DataSpec(Config):
         minimum=1,
         advanced=True,
     )
+    bad_rows: Literal["stop", "skip"] = setting(
+        "stop",
+        "Rows that cannot be used",
+        "stop: a run does not start before they are mended. skip: it trains on the others, and says how many it left.",
+        choices=("stop", "skip"),
+    )
     max_rows: int = setting(
         0, "Most rows", "Takes so many rows, drawn by the seed. 0 takes all.", minimum=0, advanced=True
     )
@@ -95,12 +118,36 @@ def guess_spec(table: Table, source: str, *, has_chat_template: bool = True) -> 
     return DataSpec.from_dict({"source": source, "template": template, **_guess_columns(table)})
 
 
+def format_of(table: Table, spec: DataSpec) -> str:
+    """Returns what form of data set the columns that `spec` names are known as."""
+    if spec.layout == "text":
+        return f"plain text in {spec.text}"
+    if spec.layout == "messages":
+        value = next((row[spec.messages] for row in table.rows[:200] if row.get(spec.messages)), None)
+        first = value[0] if isinstance(value, list) and value else {}
+        kind = "ShareGPT conversations (from, value)" if "from" in first else "chat messages (role, content)"
+        return f"{kind} in {spec.messages}"
+    names = [name for name in (spec.prompt, spec.context, spec.completion) if name]
+    if spec.context and (_plain(spec.prompt), _plain(spec.context)) in TEXT_PAIRS:
+        return f"text pairs with a label ({', '.join(names)})"
+    return " / ".join(names)
+
+
+def _plain(name: str) -> str:
+    return name.lower().strip().replace(" ", "_")
+
+
 def _guess_columns(table: Table) -> dict[str, str]:
-    names = {name.lower().strip().replace(" ", "_"): name for name in reversed(table.columns)}
+    names = {_plain(name): name for name in reversed(table.columns)}
     sample = table.rows[:200]
     for key in MESSAGES:
         if key in names and any(isinstance(row.get(names[key]), list) for row in sample):
             return {"layout": "messages", "messages": names[key]}
+    label = next((name for name in LABELS if name in names), None)
+    for first, second in TEXT_PAIRS:
+        if label and first in names and second in names:
+            chosen = {"prompt": names[first], "context": names[second], "completion": names[label]}
+            return {"layout": "pair", **chosen}
     for prompts, completions in PAIRS:
         prompt = next((p for p in prompts if p in names), None)
         completion = next((c for c in completions if c in names and c != prompt), None)
@@ -113,7 +160,7 @@ def _guess_columns(table: Table) -> dict[str, str]:
     return _guess_by_length(table.columns, sample)
 
 
-def _guess_by_length(columns: tuple[str, ...], sample: list[Row]) -> dict[str, str]:
+def _guess_by_length(columns: tuple[str, ...], sample: Sequence[Row]) -> dict[str, str]:
     values = {name: ["" if row.get(name) is None else str(row[name]) for row in sample] for name in columns}
     lengths = {name: sum(map(len, values[name])) for name in columns}
     first, *others = sorted(columns, key=lambda name: -lengths[name])
@@ -151,8 +198,10 @@ def to_messages(row: Row, spec: DataSpec) -> list[Message] | str:
     """Returns the conversation that a row holds; for the layout "text", the text itself.
 
     Raises:
-        RowError: The row lacks what it should hold.
+        RowError: The row could not be read, or lacks what it should hold.
     """
+    if isinstance(row, BadRow):
+        raise RowError(row.reason)
     if spec.layout == "text":
         return _filled(row, spec.text)
     if spec.layout == "messages":

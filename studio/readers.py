@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import LoRAError
+from studio.rows import BadRow, JSONLines, Row, kind_of, parse_object
 
 MAX_BYTES = 200_000_000
+MAX_LINES_BYTES = 20_000_000_000  # of JSON lines, which stay on the disk
 MAX_UNPACKED_BYTES = 1_000_000_000
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "valid", "val", "dev", "eval", "test")
+LINES = (".jsonl", ".ndjson")
 KINDS = ".jsonl, .json, .csv, .tsv, .parquet or .txt"
 
-Row = dict[str, Any]
 
-
-def read_rows(path: Path, notes: list[str]) -> tuple[list[Row], list[Row]]:
+def read_rows(path: Path, notes: list[str]) -> tuple[Sequence[Row], Sequence[Row]]:
     """Returns the rows of one file, and those that it keeps for evaluation; its ending says how to read it.
 
     Args:
@@ -37,6 +38,8 @@ def read_rows(path: Path, notes: list[str]) -> tuple[list[Row], list[Row]]:
         head = file.read(4)
     if ending == ".parquet" or head == b"PAR1":
         return _read_parquet(path), []
+    if ending in LINES and head[:2] not in (b"\xff\xfe", b"\xfe\xff") and _first_letter(path) not in ("[", ""):
+        return JSONLines(path), []
     text = _decode(path)
     if ending == ".csv":
         return _read_csv(path, text, notes), []
@@ -64,15 +67,24 @@ def check_file(path: Path) -> None:
         ) from error
     if not stat.S_ISREG(status.st_mode):
         raise LoRAError(f"`source` (={str(path)!r}) must be a file, not a folder or a device; name one file in it.")
-    if status.st_size > MAX_BYTES:
+    limit = MAX_LINES_BYTES if path.suffix.lower() in LINES else MAX_BYTES
+    if status.st_size > limit:
         raise LoRAError(
-            f"`{path.name}` ({status.st_size / 1e6:,.0f} MB) must be at most {MAX_BYTES / 1e6:,.0f} MB; "
-            "keep a part of its rows, which is plenty for a LoRA."
+            f"`{path.name}` ({status.st_size / 1e6:,.0f} MB) must be at most {limit / 1e6:,.0f} MB; "
+            "save it as JSONL, which stays on the disk, or keep a part of its rows, which is plenty for a LoRA."
         )
     if status.st_size == 0:
         raise LoRAError(f"`{path.name}` is empty (0 bytes); choose a file with rows in it.")
     if not os.access(path, os.R_OK):
         raise LoRAError(f"`{path.name}` must be readable; change its permissions or copy it elsewhere.")
+
+
+def _first_letter(path: Path) -> str:
+    """Returns what a text file begins with, white space aside; "" where its first 64 kB say nothing or are no text."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    start = head.decode("utf-8-sig", errors="replace").lstrip()[:1]
+    return "" if b"\0" in head else start
 
 
 def _decode(path: Path) -> str:
@@ -132,37 +144,20 @@ def _read_json(path: Path, text: str, ending: str) -> tuple[list[Row], list[Row]
 
 
 def _read_json_lines(path: Path, text: str) -> list[Row]:
-    values, bad, lines = [], [], []
     # Not splitlines(): JSON text may hold U+2028 and its like.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        lines.append(number)
-        try:
-            values.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            bad.append((number, f"{error.msg}, column {error.colno}"))
-        except RecursionError:
-            bad.append((number, "nested too deeply"))
-        except ValueError:
-            bad.append((number, "a number that is too long"))
-    if bad:
-        count = f"{len(bad)} of {len(lines)} lines {'is' if len(bad) == 1 else 'are'} like this"
-        raise LoRAError(
-            f"`{path.name}`, line {bad[0][0]}: is not valid JSON ({bad[0][1]}); {count}; correct or remove them."
+    lines = enumerate(text.split("\n"), start=1)
+    return [parse_object(line, path.name, number) for number, line in lines if line.strip()]
+
+
+def _objects(path: Path, values: list[Any]) -> list[Row]:
+    return [
+        value
+        if isinstance(value, dict)
+        else BadRow(
+            f'`{path.name}`, row {i}: must be an object like {{"prompt": "…", "completion": "…"}}, not {kind_of(value)}'
         )
-    return _objects(path, values, lines)
-
-
-def _objects(path: Path, values: list[Any], lines: Sequence[int] = ()) -> list[Row]:
-    for i, value in enumerate(values):
-        if not isinstance(value, dict):
-            place = f"line {lines[i]}" if lines else f"row {i + 1}"
-            kind = {list: "a list", str: "text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
-            raise LoRAError(
-                f'`{path.name}`, {place}: must be an object like {{"prompt": "…", "completion": "…"}}, not {kind}.'
-            )
-    return values
+        for i, value in enumerate(values, start=1)
+    ]
 
 
 def _read_csv(path: Path, text: str, notes: list[str]) -> list[Row]:
@@ -222,7 +217,7 @@ def _cells_to_rows(path: Path, records: list[tuple[int, list[str]]], notes: list
             raise LoRAError(f"`{path.name}`, line {line}: the header has two columns {name!r}; rename one of them.")
         seen.add(name)
     long = [number for number, cells in records if len(cells) > len(header)]
-    if long:
+    if 2 * len(long) >= len(records) - 1 > 0 and long:
         cells = next(c for number, c in records if number == long[0])
         raise LoRAError(
             f"`{path.name}`, line {long[0]}: has {len(cells)} fields, but the header has {len(header)} "
@@ -234,7 +229,12 @@ def _cells_to_rows(path: Path, records: list[tuple[int, list[str]]], notes: list
             f"`{path.name}`, line {short[0]}: has fewer fields than the header ({len(short)} of {len(records) - 1} "
             "rows are like this); the missing ones are empty."
         )
-    return [dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True)) for _, cells in records[1:]]
+    return [
+        BadRow(f"`{path.name}`, line {number}: has {len(cells)} fields, but the header has {len(header)}")
+        if len(cells) > len(header)
+        else dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True))
+        for number, cells in records[1:]
+    ]
 
 
 def _read_text(text: str) -> list[Row]:

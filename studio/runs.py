@@ -7,6 +7,7 @@ adapter/       the adapter as of the last evaluation or the end
 worker.log     what the worker printed
 lock           held by the worker as long as it lives; holds the numbers of its process groups
 stop           there when somebody asked the worker to end: holds "stopped" or "paused"
+data.json      SHA-256 of each source of its rows, as of the first start
 queued         there while the run waits for its turn: holds its place in the queue
 """
 
@@ -23,7 +24,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from core import Event, Failed, Finished, LoRAError, quoted
+from core import Event, Failed, Finished, LoRAError, quoted, read_json
 from studio.checkpoints import ADAPTER_FILES, Checkpoints, share_file
 from studio.event_log import EventLog, EventWriter
 from studio.specs import RunSpec
@@ -116,6 +117,22 @@ class Run:
             file.unlink(missing_ok=True)
         else:
             write_whole(file, repr(value).encode())
+
+    def note_data(self, hashes: dict[str, str]) -> list[str]:
+        """Returns the sources that are not what they were when the run first read them; the first time none is.
+
+        Raises:
+            OSError: What they are cannot be written.
+        """
+        file = self.folder / "data.json"
+        try:
+            known = read_json(file)
+        except FileNotFoundError:
+            write_whole(file, json.dumps(hashes, indent=2).encode())
+            return []
+        except ValueError:  # damaged: nothing is known
+            return []
+        return [source for source, digest in hashes.items() if known.get(source, digest) != digest]
 
     @property
     def has_adapter(self) -> bool:

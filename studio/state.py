@@ -20,7 +20,7 @@ from studio.history import Shown
 from studio.model_files import STARTER
 from studio.runs import Run, Runs
 from studio.specs import RunSpec
-from studio.tables import Table, read_table
+from studio.tables import Table, read_table, split_source
 from studio.workspace import Workspace
 
 log = logging.getLogger("studio")
@@ -62,17 +62,20 @@ class Studio:
         """Returns the model's tree of modules on the meta device."""
         return self._keep("skeleton", model, lambda: models.skeleton(model, self.workspace))
 
-    def table(self, source: str) -> Table:
-        """Returns a data set's rows, read anew when its file has changed.
+    def table(self, source: str, eval_source: str = "") -> Table:
+        """Returns a data set's rows, read anew when a file of it has changed.
 
         Raises:
-            LoRAError: It is a file that pages may not open, or it cannot be read.
+            LoRAError: It has a file that pages may not open, or it cannot be read.
         """
-        if source.partition(":")[0] not in ("starter", "hub"):
-            self._check_place("source", source)
-        path = Path(source)
-        changed = path.stat().st_mtime_ns if path.is_file() else 0
-        return self._keep("table", (source, changed), lambda: read_table(source, self.workspace))
+        changed = []
+        for one in (*split_source(source), *(split_source(eval_source) if eval_source else ())):
+            if one.partition(":")[0] not in ("starter", "hub"):
+                self._check_place("source", one)
+            path = Path(one)
+            changed.append(path.stat().st_mtime_ns if path.is_file() else 0)
+        key = (source, eval_source, *changed)
+        return self._keep("table", key, lambda: read_table(source, self.workspace, eval_source))
 
     def spectra(self, run: Run) -> dict[str, tuple[Factors, Spectrum]]:
         """Returns path → factors and spectrum of a run's adapter, as it was last saved.
@@ -94,7 +97,7 @@ class Studio:
         """
         self.check_model(spec.model)
         plan(self.skeleton(spec.model), spec.lora)
-        data.check_spec(spec.data, self.table(spec.data.source))
+        data.check_spec(spec.data, self.table(spec.data.source, spec.data.eval_source))
 
     def start(self, spec: RunSpec, sweep: str | None = "") -> Run:
         """Starts a run, or one for each combination of a sweep, once all of them are checked; returns the first.

@@ -1,5 +1,6 @@
 """Reading data sets: starter sets, files and Hub sets become rows of named columns."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -7,16 +8,20 @@ import re
 import shutil
 import tempfile
 import unicodedata
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from core.errors import LoRAError
-from studio.readers import EVAL_NAMES, TRAIN_NAMES, Row, check_file, names_of, read_rows
+from studio.readers import EVAL_NAMES, TRAIN_NAMES, check_file, names_of, read_rows
+from studio.rows import BadRow, Chain, Row, only_object
 from studio.workspace import ASSETS, Workspace
 
 MAX_HUB_ROWS = 50_000
 MAX_COLUMNS = 1_000
+HEAD_ROWS = 10_000  # of each file, by which columns are known
 STARTERS = ASSETS / "data"
 
 
@@ -27,16 +32,21 @@ class Table:
     Attributes:
         name: A short name for people.
         columns: All column names, in order of first appearance. A row may lack some of them.
-        rows: The rows to train on.
+        rows: The rows to train on; what could not be read is a `BadRow`.
         eval_rows: Rows that the source itself keeps for evaluation; may be empty.
         problems: What was odd but readable, one sentence each.
     """
 
     name: str
     columns: tuple[str, ...]
-    rows: list[Row]
-    eval_rows: list[Row] = field(default_factory=list)
+    rows: Sequence[Row]
+    eval_rows: Sequence[Row] = field(default_factory=list)
     problems: tuple[str, ...] = ()
+
+    def where(self, place: int, is_held_out: bool) -> str:
+        """Returns the file that a row stands in, and its line or its number there; "" where it is of no file."""
+        rows = self.eval_rows if is_held_out else self.rows
+        return rows.where(place) if isinstance(rows, Chain) else ""
 
 
 @dataclass(frozen=True)
@@ -73,29 +83,95 @@ def list_starters() -> list[Starter]:
     return found
 
 
-def read_table(source: str | Path, workspace: Workspace) -> Table:
-    """Returns the rows of a starter set, a file or a Hub set.
+def read_table(source: str | Path, workspace: Workspace, eval_source: str = "") -> Table:
+    """Returns the rows of starter sets, files or Hub sets.
 
     Args:
         source: `starter:NAME`; a path to a JSONL, JSON, CSV, TSV, Parquet or text file (a bare name is also looked
-            for among the uploads); or `hub:owner/name`, optionally with `/config` and `:split` after it.
+            for among the uploads); or `hub:owner/name`, optionally with `/config` and `:split` after it. Several have
+            a semicolon between them; their rows stand one after the other.
         workspace: Where uploads and the Hub's cache lie.
+        eval_source: The like, whose rows are held out in place of those that `source` itself keeps.
 
     Raises:
-        LoRAError: The source does not exist or cannot be read; names file, line or row, and what to do.
+        LoRAError: A source does not exist or cannot be read; names file, line or row, and what to do.
     """
-    kind, _, rest = str(source).partition(":")
+    parts = [_read(one, workspace) for one in split_source(source)]
+    table = parts[0] if len(parts) == 1 else _join(parts)
+    if not eval_source:
+        return table
+    own = [_read(one, workspace) for one in split_source(eval_source)]
+    held_out = _join([replace(part, eval_rows=[]) for part in own])
+    problems = tuple(dict.fromkeys((*table.problems, *held_out.problems)))
+    return replace(table, eval_rows=held_out.rows, problems=problems)
+
+
+def fingerprint(source: str, workspace: Workspace, table: Table) -> dict[str, str]:
+    """Returns source -> SHA-256 of each part of `source`: of a file's bytes; of a Hub set's rows, as JSON.
+
+    Args:
+        source: As `read_table` takes it.
+        workspace: Where uploads lie.
+        table: What was read from it; a Hub set is not fetched again.
+
+    Raises:
+        LoRAError: A file is gone.
+    """
+    found = {}
+    for one in split_source(source):
+        kind, _, rest = one.partition(":")
+        digest = hashlib.sha256()
+        if kind == "hub":
+            for row in itertools.chain(table.rows, table.eval_rows):
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        else:
+            parts = sorted((STARTERS / rest).glob("*.jsonl")) if kind == "starter" else [locate(one, workspace)]
+            for path in parts:
+                check_file(path)
+                with path.open("rb") as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+        found[one] = digest.hexdigest()
+    return found
+
+
+def split_source(source: str | Path) -> list[str]:
+    """Returns the sources that one text names, with semicolons between them."""
+    text = str(source)
+    with suppress(OSError, ValueError):
+        if Path(text).is_file():
+            return [text]
+    return [part.strip() for part in text.split(";") if part.strip()] or [text]
+
+
+def _join(parts: Sequence[Table]) -> Table:
+    rows, eval_rows = (
+        Chain([(part.name, getattr(part, which)) for part in parts if getattr(part, which)])
+        for which in ("rows", "eval_rows")
+    )
+    columns = tuple(dict.fromkeys(itertools.chain.from_iterable(part.columns for part in parts)))
+    problems = tuple(itertools.chain.from_iterable(part.problems for part in parts))
+    lacking = [part.name for part in parts if set(part.columns) != set(columns)]
+    if lacking:
+        problems += (f"The files differ in their columns; {names_of(lacking)} lacks some of {names_of(columns)}.",)
+    name = parts[0].name if len(parts) == 1 else f"{parts[0].name} and {len(parts) - 1} more"
+    return Table(name, columns, rows, eval_rows, problems)
+
+
+def _read(source: str, workspace: Workspace) -> Table:
+    kind, _, rest = source.partition(":")
     if kind == "starter":
         return _read_starter(rest)
     if kind == "hub":
         return _read_hub(rest, workspace)
-    path = _locate(source, workspace)
+    path = locate(source, workspace)
     notes: list[str] = []
     rows, eval_rows = read_rows(path, notes)
     return _table(path.name, rows, eval_rows, notes)
 
 
-def _locate(source: str | Path, workspace: Workspace) -> Path:
+def locate(source: str | Path, workspace: Workspace) -> Path:
+    """Returns the path that a source names; a bare name is also looked for among the uploads."""
     try:
         path = Path(source).expanduser()
         uploaded = workspace.uploads / path
@@ -227,20 +303,32 @@ def _check_hub(name: str) -> None:
         ) from error
 
 
-def _table(name: str, rows: list[Row], eval_rows: list[Row], notes: list[str]) -> Table:
-    if not rows:
+def _table(name: str, rows: Sequence[Row], eval_rows: Sequence[Row], notes: list[str]) -> Table:
+    if not len(rows):
         raise LoRAError(f"`{name}` has no rows; choose a file with at least one row below the header.")
-    _check_columns(name, rows + eval_rows)
-    both = _unfold(rows + eval_rows, notes)
-    columns = tuple(dict.fromkeys(itertools.chain.from_iterable(both)))
+    head = [*rows[:HEAD_ROWS], *eval_rows[:HEAD_ROWS]]
+    good = [row for row in head if not isinstance(row, BadRow)]
+    if not good:
+        first = next(row for row in head if isinstance(row, BadRow))
+        are = "is" if len(head) == 1 else "are"
+        raise LoRAError(f"{first.reason}; {len(head)} of {len(head)} lines {are} like this; correct or remove them.")
+    columns = tuple(dict.fromkeys(itertools.chain.from_iterable(good)))
+    _check_columns(name, columns)
+    unfolded = _of_objects(columns, good)
+    train, held_out = (Chain([(name, part)] if len(part) else [], unfolded) for part in (rows, eval_rows))
+    if unfolded:
+        shown = Chain([(name, good)], unfolded)
+        columns = tuple(dict.fromkeys(itertools.chain.from_iterable(shown)))
+        for column in unfolded:
+            parts = [c for c in columns if c.startswith(f"{column}.")]
+            notes.append(f"Column {column} holds objects; its parts are {names_of(parts)}.")
     for column in columns:
         if column.encode(errors="ignore").decode() != column:  # no page can be sent it
             raise LoRAError(f"`{name}` has a column named {column!r}, which holds half of a character; rename it.")
-    return Table(name, columns, both[: len(rows)], both[len(rows) :], tuple(notes))
+    return Table(name, columns, train, held_out, tuple(notes))
 
 
-def _check_columns(name: str, rows: list[Row]) -> None:
-    columns = dict.fromkeys(itertools.chain.from_iterable(rows))
+def _check_columns(name: str, columns: Sequence[str]) -> None:
     if not columns:
         raise LoRAError(f"`{name}` has no columns; give each row a prompt and a completion, or a text.")
     if len(columns) > MAX_COLUMNS:
@@ -249,31 +337,12 @@ def _check_columns(name: str, rows: list[Row]) -> None:
         )
 
 
-def _unfold(rows: list[Row], notes: list[str]) -> list[Row]:
-    """Returns the rows with each column of objects made into one column a key: `instances.output`."""
-    for column in dict.fromkeys(itertools.chain.from_iterable(rows)):
-        inner = [_only_object(row[column]) for row in rows if row.get(column) is not None]
-        if not inner or None in inner:
-            continue
+def _of_objects(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Returns the columns that hold objects, or lists of one, and nothing else."""
+    found = []
+    for column in columns:
+        inner = [only_object(row[column]) for row in rows if row.get(column) is not None]
         keys = dict.fromkeys(itertools.chain.from_iterable(i for i in inner if i))
-        if len(keys) > 20 or {"role", "from"} & keys.keys():
-            continue
-        rows = [_spread(row, column) for row in rows]
-        notes.append(f"Column {column} holds objects; its parts are {names_of(f'{column}.{k}' for k in keys)}.")
-    return rows
-
-
-def _only_object(value: Any) -> Row | None:
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    return value if isinstance(value, dict) else None
-
-
-def _spread(row: Row, column: str) -> Row:
-    spread = {}
-    for name, value in row.items():
-        if name == column:
-            spread |= {f"{column}.{k}": v for k, v in (_only_object(value) or {}).items()}
-        else:
-            spread[name] = value
-    return spread
+        if inner and None not in inner and len(keys) <= 20 and not {"role", "from"} & keys.keys():
+            found.append(column)
+    return found

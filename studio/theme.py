@@ -109,6 +109,19 @@ CSS = f"""
 .live .plot span {{ position: absolute; font-size: .75rem; line-height: 1; color: var(--body-text-color-subdued); }}
 .live .y {{ right: 100%; margin-right: .4rem; transform: translateY(-50%); }}
 .live .x {{ top: 100%; margin-top: .4rem; transform: translateX(-50%); }}
+.lengths {{ padding-right: 1.1rem; }}
+.lengths rect.kept {{ fill: var(--adapted) !important; }}
+.lengths rect.lost {{ fill: var(--adapted) !important; opacity: .3; }}
+.lengths figcaption span {{ color: var(--body-text-color-subdued); }}
+.lengths .cut {{ position: absolute; top: -.3rem; bottom: 0; border-left: 2px solid var(--body-text-color);
+  pointer-events: none; }}
+.lengths .cut b {{ position: absolute; top: 0; left: .35rem; font-size: .8rem; line-height: 1; font-style: normal;
+  white-space: nowrap; }}
+.lengths .cut.left b {{ left: auto; right: .45rem; }}
+#cut-off input {{ display: block; width: calc(100% - 4.3rem + 1rem); margin: 0 0 0 calc(3.2rem - .5rem);
+  accent-color: var(--adapted); cursor: ew-resize; }}
+.said.good {{ border-color: #2e7d4f; }} .dark .said.good {{ border-color: #6cc393; }}
+.stacked .wrap {{ flex-direction: column; align-items: stretch; gap: .35rem; }}
 .live .none {{ top: 45%; left: 1rem; }}
 #actions, #remedies {{ justify-content: flex-start; align-items: flex-end; gap: .5rem; }}
 #actions > *, #remedies > * {{ flex: 0 1 auto; }}

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,11 +200,14 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
     with world.first_alone():
         tokenizer = models.load_tokenizer(spec.model, workspace)
         try:
-            prepared = data.prepare(
-                spec.data, tokenizer, max_length=spec.train.max_length, seed=spec.train.seed, workspace=workspace
-            )
+            # What has begun had its rows checked; what it skipped then, it skips now.
+            rows = replace(spec.data, bad_rows="skip") if start else spec.data
+            train_settings = {"max_length": spec.train.max_length, "seed": spec.train.seed}
+            prepared = data.prepare(rows, tokenizer, workspace=workspace, progress=note, **train_settings)
         except LoRAError as error:
             raise _DataError(str(error)) from error
+    for source in run.note_data(prepared.hashes) if world.is_first else ():
+        note(f"{source} has changed since this run first read it; from here on it trains on other rows")
     for sentence in prepared.report.sentences():
         note(sentence)
     note("Loading the model")

@@ -1,5 +1,7 @@
 """Data: which rows, how they become what the model sees, and which tokens it is trained on."""
 
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,11 +9,13 @@ from typing import Any
 import gradio as gr
 
 from core import LoRAError, TrainConfig
-from studio import data, theme
+from studio import data, mapping, theme
 from studio.forms import Form
 from studio.palette import ADAPTED
 from studio.state import Studio
 from studio.tables import Table, list_starters, save_upload
+from studio.tabs import inspect
+from studio.tabs.inspect import verify as verify
 
 NONE = "(none)"
 COLUMNS = ("prompt", "context", "completion", "messages", "text")
@@ -20,6 +24,7 @@ WHERE = ("Starter set", "My own file", "Hugging Face Hub")
 DEFAULT_STARTER = "starter:restaurants"
 PREVIEW_ROWS = 20
 CELL_LIMIT = 160
+PROGRESS_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,13 @@ class DataTab:
         inputs: The components whose values `parse` takes.
         form: The data settings.
         max_length: The training setting that stands here, where its effect is seen.
+        look: State with what is known of all rows; see `verify`.
     """
 
     inputs: list[Any]
     form: Form
     max_length: Any
+    look: Any
 
 
 def parse(form: Form, values: list[Any]) -> data.DataSpec:
@@ -79,7 +86,11 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
                 elem_classes=["stacked"],
             )
             upload = gr.File(
-                label="JSONL, JSON, CSV, TSV, Parquet or text", visible=False, elem_id="upload", height=140
+                label="JSONL, JSON, CSV, TSV, Parquet or text; one or several",
+                file_count="multiple",
+                visible=False,
+                elem_id="upload",
+                height=140,
             )
             with gr.Group(visible=False) as hub:
                 hub_id = gr.Textbox(
@@ -107,9 +118,17 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
                 ]
             form = Form(
                 data.DataSpec,
-                ["instruction", "template", "train_on", "eval_fraction", "max_eval_rows", "max_rows"],
+                [
+                    "instruction",
+                    "template",
+                    "train_on",
+                    "bad_rows",
+                    "eval_fraction",
+                    "eval_source",
+                    "max_eval_rows",
+                    "max_rows",
+                ],
             )
-            (max_length,) = Form(TrainConfig, ["max_length"]).widgets
         with gr.Column(scale=6, min_width=320):
             gr.Markdown("### As the model sees it\nColoured tokens are trained; the others are only read.")
             row_number = gr.Slider(1, 2, value=1, step=1, label="Row")
@@ -122,8 +141,8 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
                 elem_id="tokens",
             )
             row_facts = gr.HTML()
-            check = gr.Button("Check all rows")
-            report = gr.HTML()
+            part = inspect.draw()
+            max_length = part.max_length
             gr.Markdown("### First rows as they are in the file")
             table_view = gr.Dataframe(
                 interactive=False, wrap=True, max_height=420, label="Rows", show_label=False, elem_id="preview"
@@ -134,6 +153,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     def read(wanted: str, chosen_model: str) -> tuple[Any, ...]:
         table = studio.table(wanted)
         spec = data.guess_spec(table, wanted, has_chat_template=studio.info(chosen_model).has_chat_template)
+        recognised = f"Recognised: {mapping.format_of(table, spec)}. Change it below if that is wrong."
         header, rows = preview(table)
         counts = f"{len(table.rows):,} rows" + (
             f" and {len(table.eval_rows):,} to evaluate on" if table.eval_rows else ""
@@ -141,7 +161,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
         choices = [NONE, *table.columns]
         return (
             wanted,
-            theme.said([f"{table.name}: {counts}, columns {', '.join(table.columns)}.", *table.problems]),
+            theme.said([f"{table.name}: {counts}, columns {', '.join(table.columns)}.", recognised, *table.problems]),
             spec.layout,
             *(gr.Dropdown(choices=choices, value=getattr(spec, name) or NONE) for name in COLUMNS),
             *form.shown(spec),
@@ -149,20 +169,21 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
             {"headers": header, "data": rows},
         )
 
-    def read_upload(file: str, chosen_model: str) -> tuple[Any, ...]:
-        path = Path(file)
-        try:
-            saved = save_upload(path, path.name, studio.workspace)
-        finally:
-            path.unlink(missing_ok=True)  # Gradio's own copy
-        return read(str(saved), chosen_model)
+    def read_upload(files: list[str], chosen_model: str) -> tuple[Any, ...]:
+        saved = []
+        for path in map(Path, files):
+            try:
+                saved.append(str(save_upload(path, path.name, studio.workspace)))
+            finally:
+                path.unlink(missing_ok=True)  # Gradio's own copy
+        return read("; ".join(saved), chosen_model)
 
     @studio.guard
     def show_row(chosen_model: str, longest: Any, number: int, *values: Any) -> tuple[Any, str]:
         try:
             spec = parse(form, list(values))
             longest = TrainConfig(max_length=longest).max_length
-            table = studio.table(spec.source)
+            table = studio.table(spec.source, spec.eval_source)
             data.check_spec(spec, table)
             tokenizer = studio.tokenizer(chosen_model)
             row = table.rows[min(int(number), len(table.rows)) - 1]
@@ -172,16 +193,50 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
         trained = sum(label != -100 for label in example.labels)
         marked = [(text, "trained" if is_on else None) for text, is_on in data.marked_tokens(example, tokenizer)]
         words = f"{len(example.input_ids)} tokens, {trained} of them trained."
+        end = data.end_tokens(tokenizer).get(next(i for i in reversed(example.labels) if i != data.IGNORED))
         if example.num_cut:
             words += f" {example.num_cut} more were cut off at {longest}."
-        return marked, theme.said(words, "" if trained else "warn")
+        words += f" End token: {f'trained, {end}' if end else 'not trained'}."
+        return marked, theme.said(words, "" if end else "warn")
 
-    def check_all(chosen_model: str, longest: Any, *values: Any) -> str:
+    def survey(chosen_model: str, longest: Any, chosen: str | None, *values: Any) -> Iterator[tuple[Any, ...]]:
         spec = parse(form, list(values))
         longest = TrainConfig(max_length=longest).max_length
-        tokenizer = studio.tokenizer(chosen_model)
-        prepared = data.prepare(spec, tokenizer, max_length=longest, seed=0, workspace=studio.workspace)
-        return theme.said(prepared.report.sentences(), "warn" if prepared.report.skipped else "")
+        shown: list[Any] = [gr.skip()] * len(part.shown)
+        told = 0.0
+        for look in inspect.survey(studio, chosen_model, spec):
+            if look.is_done:
+                yield look, "", gr.Button(visible=False), *inspect.show(look, longest, chosen)
+            elif time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                yield look, inspect.going(look.survey), gr.Button(visible=True), *shown
+
+    def survey_unasked(chosen_model: str, longest: Any, chosen: str | None, *values: Any) -> Iterator[tuple[Any, ...]]:
+        try:
+            spec = parse(form, list(values))
+            num_rows = len(studio.table(spec.source, spec.eval_source).rows)
+            if num_rows <= inspect.AUTOMATIC_ROWS or 0 < spec.max_rows <= inspect.AUTOMATIC_ROWS:
+                yield from survey(chosen_model, longest, chosen, *values)
+                return
+            words = theme.said(f"{num_rows:,} rows: press Check all rows to look at them.")
+        except LoRAError as error:  # said where the numbers would stand: the form is still being filled in
+            words = theme.said(str(error), "error")
+        _, *rest = inspect.show(None, longest, None)
+        yield None, "", gr.Button(visible=False), words, *rest
+
+    def show(look: Any, longest: Any, chosen: str | None) -> list[Any]:
+        try:
+            return inspect.show(look, longest, chosen)
+        except LoRAError as error:
+            _, *rest = inspect.show(None, longest, None)
+            return [theme.said(str(error), "error"), *rest]
+
+    def cancelled(look: Any, longest: Any, chosen: str | None) -> list[Any]:
+        words = theme.said("Cancelled. Press Check all rows to look at all of them.", "warn")
+        return [words, gr.Button(visible=False), *show(look, longest, chosen)]
+
+    def move(longest: Any, event: gr.EventData) -> Any:
+        return max(1, int(event.cut))
 
     def show_columns(kind_of_row: str) -> list[Any]:
         return [gr.Dropdown(visible=name in COLUMNS_OF[kind_of_row]) for name in COLUMNS]
@@ -212,7 +267,19 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     row_inputs = [model, max_length, row_number, *inputs]
     for event in was_read:
         event.success(show_row, row_inputs, [tokens, row_facts], **quiet)
-    edited = [model.change, *(w.input for w in (row_number, max_length, layout, *columns, *form.widgets))]
+    edited = [model.change, max_length.change, *(w.input for w in (row_number, layout, *columns, *form.widgets))]
     gr.on(edited, show_row, row_inputs, [tokens, row_facts], trigger_mode="always_last", **quiet)
-    check.click(studio.guard(check_all), [model, max_length, *inputs], report, api_visibility="private")
-    return DataTab(inputs, form, max_length)
+
+    survey_inputs = [model, max_length, part.chosen, *inputs]
+    survey_outputs = [part.look, part.progress, part.cancel, *part.shown]
+    last: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
+    changed = [model.change, *(w.input for w in (layout, *columns, *form.widgets))]
+    looks = [e.success(studio.guard(survey_unasked), survey_inputs, survey_outputs, **last) for e in was_read]
+    looks.append(gr.on(changed, studio.guard(survey_unasked), survey_inputs, survey_outputs, **last))
+    looks.append(part.check.click(studio.guard(survey), survey_inputs, survey_outputs, **last))
+    seen = [part.look, max_length, part.chosen]
+    part.cancel.click(studio.guard(cancelled), seen, [part.progress, part.cancel, *part.shown], cancels=looks, **quiet)
+    part.cut.input(studio.guard(move), max_length, max_length, queue=False, **last)
+    max_length.change(studio.guard(show), seen, part.shown, queue=False, **last)
+    part.chosen.input(studio.guard(show), seen, part.shown, queue=False, **last)
+    return DataTab(inputs, form, max_length, part.look)

@@ -137,7 +137,7 @@ def test_a_file_of_one_s_own_is_read_its_columns_guessed_and_a_bad_one_refused_i
     page = trained
     good, bad = tmp_path / "mine.csv", tmp_path / "broken.jsonl"
     good.write_text('question,answer\n"Where, <b>if</b> at all?",At the quay.\nWhen?,At noon.\n', encoding="utf-8")
-    bad.write_text('{"a": "1"}\n{"a": \n', encoding="utf-8")
+    bad.write_text('{"a": 1\n\n{"a": \n', encoding="utf-8")
     open_tab(page, "Data")
     page.get_by_label("My own file").check()
     upload = page.locator("#upload input[type=file]")
@@ -153,7 +153,7 @@ def test_a_file_of_one_s_own_is_read_its_columns_guessed_and_a_bad_one_refused_i
     assert "Where, <b>if</b> at all?" in page.locator("#preview").inner_text()
     page.locator("#upload").get_by_label("Clear").click()
     upload.set_input_files(bad)
-    page.wait_for_selector("text=line 2", timeout=WAIT)
+    page.wait_for_selector("text=line 1", timeout=WAIT)
     assert "Traceback" not in page.locator("body").inner_text()
     assert "2 rows" in page.locator("#data-summary").inner_text(), "what was read before is still there"
 

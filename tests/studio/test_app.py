@@ -132,7 +132,7 @@ def test_nothing_of_the_page_is_open_to_other_programs_by_name(page):
 
 def test_tables_show_text_and_no_markup(page):
     tables = [b for b in page.blocks.values() if isinstance(b, gr.Dataframe)]
-    assert {t.elem_id for t in tables} == {"preview", "runs-table"}
+    assert {t.elem_id for t in tables} == {"found", "preview", "runs-table"}
     assert all(t.datatype == "str" and not t.interactive for t in tables)
 
 
@@ -295,7 +295,7 @@ def begin(page, tiny_folder, tiny_data, monkeypatch):
 
     monkeypatch.setattr(jobs, "start", start)
     (event,) = events(page, "begin")
-    states = {"starter": str(tiny_folder), "": tiny_data.source}
+    states = {"starter": str(tiny_folder), "": tiny_data.source, None: None}
 
     def press(**changes) -> RunSpec:
         changes = {"column_prompt": "facts", "column_completion": "text"} | changes
@@ -569,16 +569,45 @@ def test_a_row_that_cannot_be_shown_is_said_in_its_place(changes, sentence, page
     assert marked is None and 'class="said error"' in words and sentence in html.unescape(words)
 
 
-def test_checking_all_rows_with_an_emptied_length_names_it(page, row_values):
-    values = [v for k, v in row_values.items() if not k.endswith(" Slider")]
-    values[1] = None
+@pytest.fixture
+def survey(page, row_values):
+    """survey(name=value): looks at all rows; returns id -> what each component shows at the end."""
+    (event,) = {e.fn: e for e in events(page, "survey")}.values()
+
+    def press(**changes) -> dict:
+        by_name = {key.partition(" ")[2]: value for key, value in row_values.items()}
+        values = [
+            changes.get((c.elem_id or "").replace("-", "_"), by_name.get(c.elem_id or "", c.value))
+            for c in event.inputs
+        ]
+        values[0], values[3] = row_values["0 State"], next(v for k, v in row_values.items() if k.endswith("3 State"))
+        *_, last = event.fn(*values)
+        return {c.elem_id or "look": value for c, value in zip(event.outputs, last, strict=True)}
+
+    return press
+
+
+def test_checking_all_rows_with_an_emptied_length_names_it(survey):
     with pytest.raises(gr.Error, match="max_length"):
-        handler(page, "check_all")(*values)
+        survey(setting_max_length=None)
 
 
-def test_checking_all_rows_reports_them(page, row_values):
-    values = [v for k, v in row_values.items() if not k.endswith(" Slider")]
-    assert "24 rows: 22 to train on, 2 held out." in handler(page, "check_all")(*values)
+def test_checking_all_rows_reports_them_and_draws_their_lengths(survey):
+    shown = survey()
+    assert "24 rows: 22 to train on, 2 held out." in shown["verdict"]
+    assert "<svg" in shown["lengths"] and "24 rows, median" in shown["lengths"]
+    assert "&lt;|im_end|&gt;: 24 of 24" in shown["cut-facts"]
+    assert update(shown["checks"])["visible"] is False, "nothing was found"
+
+
+def test_a_check_s_rows_are_listed_with_their_place_in_the_file_and_why(survey):
+    found = update(survey(setting_max_length=10)["checks"])["choices"]
+    assert [title for _, title in found][0] == "Answer begins beyond the cut-off"
+    shown = survey(setting_max_length=10, checks="Answer begins beyond the cut-off")
+    assert "24 rows of inns.jsonl cannot be used" in shown["verdict"] or "No row of inns.jsonl" in shown["verdict"]
+    first = update(shown["found"])["value"]["data"][0]
+    assert first[:2] == ["1", "inns.jsonl, line 1"]
+    assert first[2].startswith("its answer begins at token")
 
 
 def test_a_look_at_a_model_offers_the_matrices_that_it_has(page, studio, tiny_folder):

@@ -400,7 +400,7 @@ CASES = {
     "a column for each row": Case(
         "rows.jsonl",
         content("".join(f'{{"c{i}": {{"a": 1}}}}\n' for i in range(100_000))),
-        r"`rows\.jsonl` has 100,000 columns; keep at most",
+        r"`rows\.jsonl` has [\d,]+ columns; keep at most",
     ),
     "a column named by half a character": Case(
         "rows.jsonl",
