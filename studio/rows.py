@@ -23,11 +23,14 @@ class BadRow(Row):
 
     Attributes:
         reason: File, line and what is wrong there.
+        text: How what stands there begins.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, text: bytes | str = "") -> None:
         super().__init__()
         self.reason = reason
+        begin = text[:1000]
+        self.text = begin if isinstance(begin, str) else begin.decode(errors="replace")
 
 
 class JSONLines(Sequence[Row]):
@@ -86,16 +89,16 @@ def parse_object(line: bytes | str, name: str, number: int) -> Row:
             text = line if isinstance(line, str) else line.decode()
             value = json.loads(text)
     except UnicodeDecodeError as error:
-        return BadRow(f"`{name}`, line {number}: byte {error.start + 1} of the line is not UTF-8")
+        return BadRow(f"`{name}`, line {number}: byte {error.start + 1} of the line is not UTF-8", line)
     except json.JSONDecodeError as error:
-        return BadRow(f"`{name}`, line {number}: is not valid JSON ({error.msg}, column {error.colno})")
+        return BadRow(f"`{name}`, line {number}: is not valid JSON ({error.msg}, column {error.colno})", line)
     except RecursionError:
-        return BadRow(f"`{name}`, line {number}: is not valid JSON (nested too deeply)")
+        return BadRow(f"`{name}`, line {number}: is not valid JSON (nested too deeply)", line)
     except ValueError:
-        return BadRow(f"`{name}`, line {number}: is not valid JSON (a number that is too long)")
+        return BadRow(f"`{name}`, line {number}: is not valid JSON (a number that is too long)", line)
     if not isinstance(value, dict):
         wanted = 'an object like {"prompt": "…", "completion": "…"}'
-        return BadRow(f"`{name}`, line {number}: must be {wanted}, not {kind_of(value)}")
+        return BadRow(f"`{name}`, line {number}: must be {wanted}, not {kind_of(value)}", line)
     return value
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from core import LoRAError, TrainConfig
 from studio import data, lengths, theme
 from studio.forms import Form
+from studio.rows import BadRow
 from studio.state import Studio
 from studio.survey import Survey
 
@@ -179,7 +180,9 @@ def list_rows(found: Survey, asked: list[data.Check], max_length: int, chosen: s
     rows = []
     for place in check.places[:LISTED_ROWS].tolist():
         reason = found.reason(place, max_length)
-        text = " · ".join(str(value) for value in found.row(place).values() if value not in (None, ""))
+        row = found.row(place)
+        text = " · ".join(str(value) for value in row.values() if value not in (None, ""))
+        text = row.text if isinstance(row, BadRow) else text
         text = text.encode(errors="replace").decode()
         text = text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT - 1] + "…"
         rows.append([f"{found.number(place):,}", found.where(place), f"{reason}\n{text}" if reason else text])
