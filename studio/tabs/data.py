@@ -226,7 +226,9 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
 
     def show(look: Any, longest: Any, chosen: str | None) -> list[Any]:
         try:
-            return inspect.show(look, longest, chosen)
+            shown = inspect.show(look, longest, chosen)
+            shown[part.shown.index(part.cut)] = gr.skip()  # drawn anew it would slip from under the hand that moves it
+            return shown
         except LoRAError as error:
             _, *rest = inspect.show(None, longest, None)
             return [theme.said(str(error), "error"), *rest]
@@ -280,6 +282,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     seen = [part.look, max_length, part.chosen]
     part.cancel.click(studio.guard(cancelled), seen, [part.progress, part.cancel, *part.shown], cancels=looks, **quiet)
     part.cut.input(studio.guard(move), max_length, max_length, queue=False, **last)
+    max_length.change(None, max_length, None, js=inspect.FOLLOW, api_visibility="private")
     max_length.change(studio.guard(show), seen, part.shown, queue=False, **last)
     part.chosen.input(studio.guard(show), seen, part.shown, queue=False, **last)
     return DataTab(inputs, form, max_length, part.look)

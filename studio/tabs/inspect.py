@@ -31,8 +31,11 @@ element.addEventListener('input', () => {
     }
     trigger('input', {cut: Number(range().value)});
 });
-watch('value', () => { if (range() && document.activeElement !== range()) range().value = props.value; });
 """
+FOLLOW = """(value) => {
+    const range = document.querySelector('#cut-off input');
+    if (range && document.activeElement !== range) range.value = value;
+}"""
 """The line follows the thumb at once; the numbers follow when the server has counted."""
 
 
