@@ -67,6 +67,7 @@ class Survey:
         flags: (num_taken,) `REPLACED` and so on.
         labels: Completion -> rows, where there are few of them; else None.
         end: The end token that answers have, as text; "" where none has been seen.
+        is_stopped: Set by who wants `read` to end after the batch at hand.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Survey:
         self._reason = array("i")
         self._reasons: dict[str, int] = {}
         self._prompt, self._row = array("q"), array("q")
+        self.is_stopped = False
         self.labels: Counter[str] | None = Counter() if spec.layout == "pair" else None
         self._gaps: dict[int, array[int]] = {}  # of conversations: what is not trained between the first and the last
         self._ends, self.end = end_tokens(tokenizer), ""
@@ -114,12 +116,13 @@ class Survey:
         return len(self.flags)
 
     def read(self) -> Iterator[int]:
-        """Reads what is left, and yields after each batch how many rows are read.
+        """Reads what is left, until it is stopped, and yields after each batch how many rows are read.
 
         Raises:
             LoRAError: The template does not fit the tokenizer or the rows.
         """
-        while self.num_read < self.num_taken:
+        self.is_stopped = False
+        while self.num_read < self.num_taken and not self.is_stopped:
             self._read_batch(self._numbers[self.num_read : self.num_read + BATCH].tolist())
             yield self.num_read
 

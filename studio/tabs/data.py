@@ -205,8 +205,9 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
         shown: list[Any] = [gr.skip()] * len(part.shown)
         told = 0.0
         for look in inspect.survey(studio, chosen_model, spec):
-            if look.is_done:
-                yield look, "", gr.Button(visible=False), *inspect.show(look, longest, chosen)
+            if look.is_done or look.survey.is_stopped:
+                words = "" if look.is_done else theme.said("Cancelled. Check all rows begins anew.", "warn")
+                yield look, words, gr.Button(visible=False), *inspect.show(look, longest, chosen)
             elif time.monotonic() - told > PROGRESS_SECONDS:
                 told = time.monotonic()
                 yield look, inspect.going(look.survey), gr.Button(visible=True), *shown
@@ -233,9 +234,9 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
             _, *rest = inspect.show(None, longest, None)
             return [theme.said(str(error), "error"), *rest]
 
-    def cancelled(look: Any, longest: Any, chosen: str | None) -> list[Any]:
-        words = theme.said("Cancelled. Press Check all rows to look at all of them.", "warn")
-        return [words, gr.Button(visible=False), *show(look, longest, chosen)]
+    def cancel(look: Any) -> None:
+        if look is not None:
+            look.survey.is_stopped = True  # it ends after the batch at hand, and says so
 
     def move(longest: Any, event: gr.EventData) -> Any:
         return max(1, int(event.cut))
@@ -276,11 +277,12 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     survey_outputs = [part.look, part.progress, part.cancel, *part.shown]
     last: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
     changed = [model.change, *(w.input for w in (layout, *columns, *form.widgets))]
-    looks = [e.success(studio.guard(survey_unasked), survey_inputs, survey_outputs, **last) for e in was_read]
-    looks.append(gr.on(changed, studio.guard(survey_unasked), survey_inputs, survey_outputs, **last))
-    looks.append(part.check.click(studio.guard(survey), survey_inputs, survey_outputs, **last))
+    for event in was_read:
+        event.success(studio.guard(survey_unasked), survey_inputs, survey_outputs, **last)
+    gr.on(changed, studio.guard(survey_unasked), survey_inputs, survey_outputs, **last)
+    part.check.click(studio.guard(survey), survey_inputs, survey_outputs, **last)
     seen = [part.look, max_length, part.chosen]
-    part.cancel.click(studio.guard(cancelled), seen, [part.progress, part.cancel, *part.shown], cancels=looks, **quiet)
+    part.cancel.click(studio.guard(cancel), part.look, None, queue=False, **quiet)
     part.cut.input(studio.guard(move), max_length, max_length, queue=False, **last)
     max_length.change(None, max_length, None, js=inspect.FOLLOW, api_visibility="private")
     max_length.change(studio.guard(show), seen, part.shown, queue=False, **last)

@@ -23,20 +23,22 @@ HEADER = ["Row", "Where", "What it says"]
 
 _MOVE = """
 const range = () => element.querySelector('input');
+let rest;
 element.addEventListener('input', () => {
     const line = document.querySelector('#lengths .cut');
     if (line) {
         line.style.left = `${100 * range().value / range().max}%`;
         line.firstChild.textContent = Number(range().value).toLocaleString('en');
     }
-    trigger('input', {cut: Number(range().value)});
+    clearTimeout(rest);
+    rest = setTimeout(() => trigger('input', {cut: Number(range().value)}), 200);
 });
 """
 FOLLOW = """(value) => {
     const range = document.querySelector('#cut-off input');
     if (range && document.activeElement !== range) range.value = value;
 }"""
-"""The line follows the thumb at once; the numbers follow when the server has counted."""
+"""The line follows the thumb at once; the numbers follow when it rests and the server has counted."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def draw() -> Inspection:
 
 
 def survey(studio: Studio, model: str, spec: data.DataSpec) -> Iterator[Look]:
-    """Looks at all rows, and says after each batch how far it is.
+    """Looks at all rows, until it is stopped, and says after each batch how far it is.
 
     Raises:
         LoRAError: The rows cannot be read, or the template does not fit.
@@ -140,6 +142,8 @@ def survey(studio: Studio, model: str, spec: data.DataSpec) -> Iterator[Look]:
     yield Look(model, found)
     for done in found.read():
         yield Look(model, found, is_done=done == found.num_taken)
+    if found.is_stopped:
+        yield Look(model, found)
 
 
 def going(found: Survey) -> str:
