@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from core.rounds import rounds
+from core.rounds import has_values, rounds
 
 _IS_ONEDNN_FASTER = (
     torch.backends.mkldnn.is_available()
@@ -45,7 +45,9 @@ class Dropout(NamedTuple):
     @classmethod
     def draw(cls, p: float) -> "Dropout | None":
         """Returns one seeded by torch's own generator of the CPU; None where nothing is dropped."""
-        return cls(p, int(torch.empty((), dtype=torch.int64).random_())) if p else None
+        if not p:
+            return None
+        return cls(p, int(torch.empty((), dtype=torch.int64).random_()) if has_values() else 0)
 
     def __call__(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
         """Returns x with a share of it dropped and the rest scaled up, as `F.dropout` does; a new tensor.
