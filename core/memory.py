@@ -134,7 +134,7 @@ def _quantize(model: nn.Module, sizes: dict[int, int], bits: int) -> int:
     for module in (module for block in blocks(model) for module in block.modules()):
         if not (type(module) is nn.Linear or is_conv1d(module)) or id(module.weight) not in sizes:
             continue
-        weight: Tensor = module.weight
+        weight: Any = module.weight
         scales = -(-weight.numel() // 64) if bits == 4 else max(1, weight.shape[is_conv1d(module)])
         sizes[id(weight)] = weight.numel() * bits // 8 + 4 * scales
         widened.append(_bytes(weight))

@@ -349,9 +349,8 @@ def _plan(args: argparse.Namespace, workspace: Workspace) -> int:
         proposals = [{"label": r.label, "bytes": r.predicted_bytes, "cost": r.cost} for r in offered]
         print(json.dumps(dataclasses.asdict(made) | {"fits": made.fits, "proposals": proposals}, indent=2))
         return 0
-    print(
-        f"{made.num_trained:,} of {made.num_parameters:,} parameters are trained; the adapter takes {made.adapter_bytes / 1e6:.1f} MB."
-    )
+    size = made.adapter_bytes / 1e6
+    print(f"Trained: {made.num_trained:,} of {made.num_parameters:,} parameters; the adapter takes {size:.1f} MB.")
     print(f"{'GB on each device':<18}{'LoRA':>12}{'full':>12}")
     for name, size in made.lora.terms.items():
         print(f"{name:<18}{size / 1e9:>12.2f}{getattr(made.full, name) / 1e9:>12.2f}")
