@@ -8,8 +8,12 @@ from core.checkpoint import Checkpoint
 from core.config import ALL_LINEAR, LoRAConfig, TrainConfig
 from core.declarations import Config, Setting, read_json, setting, settings
 from core.devices import (
+    FRAMEWORK_BYTES,
     Gpu,
+    device_memory,
+    framework_bytes,
     gpus,
+    is_of_memory,
     memory_bytes,
     memory_source,
     peak_memory_bytes,

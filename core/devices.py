@@ -1,5 +1,6 @@
 """Which device, which precision, and how much memory is in use there."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +116,59 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.current_allocated_memory()
     return _process_bytes("VmHWM")
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Returns (free_bytes, total_bytes) of a device's memory, all processes counted; (0, 0) where nothing says.
+
+    On Linux what the CPU may take is bounded by the group that the process is in, a container's for one.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    if device.type == "mps":
+        total = torch.mps.recommended_max_memory()
+        return max(0, total - torch.mps.driver_allocated_memory()), total
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return _memory_of_system()
+    known = {name: 1024 * int(size.split()[0]) for name, _, size in (line.partition(":") for line in lines)}
+    free, total = known["MemAvailable"], known["MemTotal"]
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no group, or "max"
+        return free, total
+    return min(free, max(0, limit - used)), min(total, limit)
+
+
+def _memory_of_system() -> tuple[int, int]:
+    if sys.platform == "win32":
+        return 0, 0
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0, 0
+    return 0, total
+
+
+FRAMEWORK_BYTES = {"cpu": 750_000_000, "cuda": 600_000_000, "mps": 300_000_000}
+"""What the libraries take before there is a model, where nobody has measured it: on a CPU the resident memory of a
+process with torch and transformers, on CUDA the context, the kernels' code and cuBLAS's workspaces."""
+
+
+def framework_bytes(device: torch.device) -> int:
+    """Returns what the libraries take of `device` before there is a model, to be asked by a process that has none.
+
+    On a CPU it is this process's memory now; elsewhere it is not measured, and is a constant.
+    """
+    return (memory_bytes(device) if device.type == "cpu" else 0) or FRAMEWORK_BYTES[device.type]
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Says whether `error` means that a device's memory was not enough."""
+    # Torch's allocator for the CPU has no type for it, and other words on Windows.
+    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in str(error) for part in words)
 
 
 def _proc_status() -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
-from core.rounds import rounds
+from core.rounds import has_values, rounds
 
 _IS_ONEDNN_FASTER = (
     torch.backends.mkldnn.is_available()
@@ -55,7 +55,9 @@ class Dropout(NamedTuple):
     @classmethod
     def draw(cls, p: float) -> "Dropout | None":
         """Returns one seeded by torch's own generator of the CPU; None where nothing is dropped."""
-        return cls(p, int(torch.empty((), dtype=torch.int64).random_())) if p else None
+        if not p:
+            return None
+        return cls(p, int(torch.empty((), dtype=torch.int64).random_()) if has_values() else 0)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns x with a share of it dropped and the rest scaled up, as `F.dropout` does; a new tensor."""

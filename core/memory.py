@@ -1,6 +1,7 @@
 """Memory before it is needed: a training step on tensors that have shapes and no values."""
 
 import copy
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,22 +15,25 @@ from torch.utils._pytree import tree_leaves
 
 from core.config import LoRAConfig, TrainConfig
 from core.distributed import blocks
+from core.errors import LoRAError
 from core.fusion import Fusion
 from core.inject import inject
 from core.losses import Way, losses_at, of_head
+from core.matrices import is_conv1d
 from core.rounds import once
 
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """Bytes that training takes at its peak, by what they are for; what the framework itself takes is not in it.
+    """Bytes that training takes at its peak on one device, by what they are for.
 
     Attributes:
-        weights: The frozen weights.
-        adapter: A, B and what else is trained, float32.
-        gradients: Of what is trained.
+        weights: The model's: frozen beside LoRA, trained in full fine-tuning.
+        adapter: A, B and what else is trained beside the frozen weights, float32; nothing in full fine-tuning.
+        gradients: Of what is trained, in its type; with several devices also the buckets in which DDP sends them.
         moments: AdamW's two of what is trained.
         activations: What the forward pass keeps for the backward pass, the logits, and what comes and goes.
+        framework: What the libraries take before there is a model; 0 unless the caller knows (see `replace`).
     """
 
     weights: int
@@ -37,6 +41,7 @@ class MemoryForecast:
     gradients: int
     moments: int
     activations: int
+    framework: int = 0
 
     @property
     def total(self) -> int:
@@ -45,70 +50,190 @@ class MemoryForecast:
 
     @property
     def terms(self) -> dict[str, int]:
-        """Term → bytes, the largest first."""
+        """Term → bytes, the largest first; without the libraries' share where it is not known."""
         terms = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if not self.framework:
+            del terms["framework"]
         return dict(sorted(terms.items(), key=lambda item: -item[1]))
 
 
 def forecast_memory(
     model: nn.Module,
-    lora: LoRAConfig,
+    lora: LoRAConfig | None,
     train: TrainConfig,
     dtype: torch.dtype,
     *,
     prepare: Callable[[Any], object] = lambda model: None,
     num_devices: int = 1,
+    base_bits: int | None = None,
+    moments_dtype: torch.dtype = torch.float32,
 ) -> MemoryForecast:
     """Returns what a step of `train.batch_size` rows of `train.max_length` tokens will take, every token trained.
 
     The step is taken, forward and backward, by the same code as on the CPU, on tensors
-    without values; each tensor counts from when it is made until it is gone. So it holds for any model.
+    without values; each tensor counts from when it is made until it is gone. So it holds for any model. Of blocks that
+    are alike only a few are passed: each one more keeps the same bytes. That the peak grows by just what a block keeps
+    is checked, and where it does not, all blocks are passed.
+
+    Full fine-tuning is taken to train every weight in `dtype`, with gradients of that type and no copy in float32, by
+    the model's own code, whose logits are held.
 
     Args:
         model: A causal language model on the meta device, not adapted; it stays as it is.
-        lora: What is adapted.
+        lora: What is adapted; None for full fine-tuning, which trains every weight and nothing else.
         train: Of it, the shape of a batch.
-        dtype: Of the frozen weights.
+        dtype: Of the model's weights.
         prepare: What else is to be done to the model before it is trained, such as activation checkpointing.
         num_devices: How many devices train together; of each is what the forecast tells.
+        base_bits: 4 or 8 where the linear layers of the frozen base lie so (NF4 in blocks of 64 with a float32 scale
+            each; int8 with a float32 scale a row), and each is widened to `dtype` while it is used.
+        moments_dtype: Of AdamW's two moments.
     """
+    if base_bits not in (None, 4, 8) or (base_bits and lora is None):
+        raise LoRAError(f"`base_bits` (={base_bits}) must be 4, 8 or None, and None in full fine-tuning.")
     model = copy.deepcopy(model).to(dtype)
+    getattr(model, "tie_weights", lambda: None)()  # on its way to the meta device each may have got its own
     prepare(model)
-    inject(model, lora)
+    if lora is None:
+        model.requires_grad_(True)
+    else:
+        inject(model, lora)
+    whole = {id(p): p for p in (*model.parameters(), *model.buffers())}.values()
+    trained = [p for p in whole if p.requires_grad]
+    sizes = {id(p): _bytes(p) for p in whole if lora is None or not p.requires_grad}
+    widened = _quantize(model, sizes, base_bits) if base_bits else 0
+    num_parts = num_devices if train.shard_weights else 1
+    own_parts = num_parts if lora is None else 1  # an adapter is whole on each device
+    gradients = sum(_bytes(p) for p in trained)
+    in_buckets = gradients if num_devices > 1 and own_parts == 1 else 0
+    moments = 2 * moments_dtype.itemsize * sum(p.numel() for p in trained)
+    return MemoryForecast(
+        weights=_weights_bytes(model, sizes, num_parts),
+        adapter=0 if lora is None else gradients,
+        gradients=-(-gradients // own_parts) + in_buckets,
+        moments=-(-moments // own_parts),
+        activations=_activations(model, train) + widened,
+    )
+
+
+def _weights_bytes(model: nn.Module, sizes: dict[int, int], num_parts: int) -> int:
+    """Returns what a device holds of the model's weights: of split ones its part, and what it has asked for.
+
+    That is what lies outside of the blocks, and two blocks: the one at work, and the next on its way.
+    """
+    whole = sum(sizes.values())
+    if num_parts == 1:
+        return whole
+    inside = sorted(sum(sizes.get(id(p), 0) for p in block.parameters()) for block in blocks(model))
+    return min(whole, -(-whole // num_parts) + whole - sum(inside) + sum(inside[-2:]))
+
+
+def _quantize(model: nn.Module, sizes: dict[int, int], bits: int) -> int:
+    """Sets the sizes of the blocks' linear layers to those in so many bits; returns what the largest is widened to."""
+    widened = [0]
+    for module in (module for block in blocks(model) for module in block.modules()):
+        if not (type(module) is nn.Linear or is_conv1d(module)) or id(module.weight) not in sizes:
+            continue
+        weight: Any = module.weight
+        scales = -(-weight.numel() // 64) if bits == 4 else max(1, weight.shape[is_conv1d(module)])
+        sizes[id(weight)] = weight.numel() * bits // 8 + 4 * scales
+        widened.append(_bytes(weight))
+    return max(widened)
+
+
+def _activations(model: nn.Module, train: TrainConfig) -> int:
+    """Returns the peak of a step's activations, from as few of the model's blocks as tell it."""
+    found = _alike(model)
+    if found is not None:
+        place, start, period = found
+        num = len(model.get_submodule(place))  # type: ignore[arg-type]
+        for times in (1, 3):
+            few = start + (num - start) % period + times * period
+            if few + period >= num:
+                break
+            try:
+                (kept, peak), (kept_more, peak_more) = (
+                    _step(_with_first(model, place, n), train) for n in (few, few + period)
+                )
+            except (IndexError, KeyError, ValueError, AttributeError):  # it wants all of its blocks
+                break
+            if peak_more - peak == kept_more - kept:
+                return peak + (num - few) // period * (peak_more - peak)
+    return _step(copy.deepcopy(model), train)[1]
+
+
+def _step(model: Any, train: TrainConfig) -> tuple[int, int]:
+    """Takes a step without values with a model, which it uses up.
+
+    Returns:
+        The bytes that are kept for the backward pass, and the most that were held.
+    """
     fusion = Fusion(model)  # what it tries out has values
     with FakeTensorMode(allow_non_fake_inputs=True), fusion, once():
         model.to_empty(device="cpu")
         getattr(model, "tie_weights", lambda: None)()  # to_empty gave each its own
         model.train()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        frozen = {id(p): p for p in (*model.parameters(), *model.buffers()) if not p.requires_grad}
+        for p in model.parameters():
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p)  # there from the start, as in training
         ids = torch.zeros(train.batch_size, train.max_length, dtype=torch.int64)
-        logits, seen = of_head(model, {"input_ids": ids[:1, :2]})
+        with torch.no_grad():
+            logits, seen = of_head(model, {"input_ids": ids[:1, :2]})
         way = Way(skips_head=seen is logits)
         positions = torch.arange(ids.numel()).view(ids.shape)[:, :-1].flatten()
         live = _Live()
         with live:
-            losses_at(model, {"input_ids": ids}, positions, ids[:, 1:].flatten(), way).sum().backward()
-    adapter = sum(_bytes(p) for p in trained)
-    return MemoryForecast(
-        weights=_weights_bytes(model, frozen, num_devices if train.shard_weights else 1),
-        adapter=adapter,
-        gradients=adapter,
-        moments=2 * adapter,
-        activations=max(0, live.peak_bytes - live.bytes),  # at the end only the gradients are left
-    )
+            loss = losses_at(model, {"input_ids": ids}, positions, ids[:, 1:].flatten(), way).sum()
+            kept = live.bytes
+            loss.backward()
+    return kept, live.peak_bytes
 
 
-def _weights_bytes(model: nn.Module, frozen: dict[int, Tensor], num_parts: int) -> int:
-    """Returns what a device holds of the frozen weights: of split ones its part, and what it has asked for.
+def _alike(model: nn.Module) -> tuple[str, int, int] | None:
+    """Returns where a model's blocks lie, from which on they repeat, and how many make a period; None if none do."""
+    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        return None
+    place, members = max(lists, key=lambda item: len(item[1]))
+    first = next(iter(members), None)
+    if len(members) < 4 or not any(block is first for block in blocks(model)):
+        return None
+    said = [_signature(block) for block in members]
 
-    That is what lies outside of the blocks, and two blocks: the one at work, and the next on its way.
-    """
-    whole = sum(_bytes(p) for p in frozen.values())
-    if num_parts == 1:
-        return whole
-    sizes = sorted(sum(_bytes(p) for p in block.parameters() if id(p) in frozen) for block in blocks(model))
-    return min(whole, -(-whole // num_parts) + whole - sum(sizes) + sum(sizes[-2:]))
+    def start_of(period: int) -> int:
+        return next((i + 1 for i in range(len(said) - period - 1, -1, -1) if said[i] != said[i + period]), 0)
+
+    period = min(range(1, 1 + len(said) // 2), key=lambda p: start_of(p) + 2 * p)
+    return place, start_of(period), period
+
+
+def _signature(block: nn.Module) -> tuple[Any, ...]:
+    """Returns what a block's memory depends on: the code of its modules, their plain settings, and their tensors."""
+    said: list[Any] = []
+    for path, module in block.named_modules():
+        plain = {
+            name: value
+            for name, value in vars(module).items()
+            if isinstance(value, (int, float, str, type(None))) and not _NUMBER.search(name)
+        }
+        said += [path, type(module), tuple(sorted(plain.items()))]
+    tensors = (*block.named_parameters(), *block.named_buffers())
+    return *said, *((name, p.shape, p.dtype, p.requires_grad) for name, p in tensors)
+
+
+_NUMBER = re.compile(r"idx|index|layer_id|layer_number")
+"""What a block calls its own number."""
+
+
+def _with_first(model: nn.Module, place: str, num: int) -> nn.Module:
+    """Returns a copy of a model that has only the first of its blocks."""
+    above, _, name = place.rpartition(".")
+    parent, members = model.get_submodule(above), model.get_submodule(place)
+    parent.register_module(name, nn.ModuleList(list(members.children())[:num]))
+    try:
+        return copy.deepcopy(model)
+    finally:
+        parent.register_module(name, members)
 
 
 class _Live(TorchDispatchMode):

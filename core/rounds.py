@@ -21,6 +21,11 @@ def growing_rounds(length: int, size: int) -> Iterator[tuple[int, int]]:
         yield begin, min(length, begin + size)
 
 
+def has_values() -> bool:
+    """Says whether tensors have values, as they do anywhere but in a forecast."""
+    return not _IS_ONCE.get()
+
+
 @contextmanager
 def once() -> Iterator[None]:
     """Lets every loop make the one round, in a `with` block, that holds the most."""

@@ -82,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "Train one run in a process of its own, and follow it.")
     train.add_argument("--json", action="store_true", help="print every event as one line of JSON")
     _add_spec(train)
+    plan = command("plan", _plan, "Say what a run would take, beside full fine-tuning, and what makes it fit.")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
+    plan.add_argument("--model", help="starter, a folder (its config.json is enough), a .gguf file or a Hub id")
+    plan.add_argument(
+        "--devices", type=int, metavar="N", help="so many devices train together (default: those of --device)"
+    )
+    plan.add_argument("--free", type=float, metavar="BYTES", help="what each device has (default: what is free now)")
+    _add_spec(plan, nargs="?")
     commands_for_runs(command)
     devices = command("devices", _devices, "List the GPUs of this machine, and how much memory is free on each.")
     devices.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
@@ -212,7 +220,7 @@ def _spec(args: argparse.Namespace) -> "RunSpec":
     """Returns the spec of SPEC with the settings of the command line."""
     from studio.specs import RunSpec
 
-    spec = RunSpec.read(args.spec).to_dict()
+    spec = (RunSpec.read(args.spec) if args.spec is not None else RunSpec()).to_dict()
     for part, config in (("lora", LoRAConfig), ("train", TrainConfig)):
         given = [(s, getattr(args, s.name)) for s in settings(config)]
         spec[part] |= {s.name: s.parse(text) for s, text in given if text is not None}
@@ -324,6 +332,36 @@ def _queue(args: argparse.Namespace, workspace: Workspace) -> int:
     if args.cancel:
         jobs.cancel(runs, _find(runs, args.cancel))
     return _print_runs(runs.queued(), as_json=args.json)
+
+
+def _plan(args: argparse.Namespace, workspace: Workspace) -> int:
+    from studio.planner import Planner
+
+    spec = _spec(args)
+    spec = dataclasses.replace(spec, model=args.model or spec.model)
+    planner = Planner(spec.model, workspace)
+    free = None if args.free is None else int(args.free)
+    made = planner.plan(spec, num_devices=args.devices, free_bytes=free)
+    offered = []
+    if made.fits is False:
+        offered = [r for r in planner.fit(spec, made.free_bytes, num_devices=args.devices) if r is not None]
+    if args.json:
+        proposals = [{"label": r.label, "bytes": r.predicted_bytes, "cost": r.cost} for r in offered]
+        print(json.dumps(dataclasses.asdict(made) | {"fits": made.fits, "proposals": proposals}, indent=2))
+        return 0
+    size = made.adapter_bytes / 1e6
+    print(f"Trained: {made.num_trained:,} of {made.num_parameters:,} parameters; the adapter takes {size:.1f} MB.")
+    print(f"{'GB on each device':<18}{'LoRA':>12}{'full':>12}")
+    for name, size in made.lora.terms.items():
+        print(f"{name:<18}{size / 1e9:>12.2f}{getattr(made.full, name) / 1e9:>12.2f}")
+    print(f"{'total':<18}{made.lora.total / 1e9:>12.2f}{made.full.total / 1e9:>12.2f}")
+    if made.fits is not None:
+        print(
+            f"{'It fits' if made.fits else 'It does not fit'}: {made.free_bytes / 1e9:.2f} GB are free, {made.device}."
+        )
+    for r in offered:
+        print(f"  {r.label}: {(r.predicted_bytes or 0) / 1e9:.2f} GB; {r.cost}")
+    return 0
 
 
 def _devices(args: argparse.Namespace, workspace: Workspace) -> int:

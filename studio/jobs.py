@@ -229,7 +229,12 @@ def _spawn(run: Run) -> None:
 
 
 KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**32)}
-"""What tells glibc to give no memory back before the process ends."""
+"""What tells glibc to give no memory back before the process ends: what a step has freed, the next finds again. Given
+back, each page would have to be fetched anew, a twentieth of a step's time."""
+
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", **KEEPS_MEMORY}
+"""Of a process that trains. Waiting threads sleep instead of spinning: a step takes a fifth longer on an idle machine,
+and not ten times as long beside a browser that wants the same cores."""
 
 
 def _detached(module: list[str], log: IO[bytes], *fds: int) -> subprocess.Popen[bytes]:
@@ -240,10 +245,7 @@ def _detached(module: list[str], log: IO[bytes], *fds: int) -> subprocess.Popen[
         stderr=subprocess.STDOUT,
         start_new_session=True,
         pass_fds=fds,
-        # Waiting threads sleep instead of spinning: a step takes a fifth longer on an idle machine, and not ten
-        # times as long beside a browser that wants the same cores. And what a step has freed, the next finds again:
-        # given back to the system, each page would have to be fetched anew, a twentieth of a step's time.
-        env={"OMP_WAIT_POLICY": "PASSIVE", **KEEPS_MEMORY, **os.environ},
+        env={**ENVIRONMENT, **os.environ},
     )
 
 

@@ -122,8 +122,10 @@ def describe(model: str, workspace: Workspace) -> ModelInfo:
     )
 
 
-def skeleton(model: str, workspace: Workspace) -> "nn.Module":
+def skeleton(model: str, workspace: Workspace, *, needs_weights: bool = True) -> "nn.Module":
     """Returns the model's real module tree on the meta device: names and shapes without numbers.
+
+    With `needs_weights` False a folder that holds nothing but a config.json will do.
 
     Raises:
         LoRAError: `model` names nothing that the studio can train.
@@ -132,9 +134,18 @@ def skeleton(model: str, workspace: Workspace) -> "nn.Module":
     if source.file is not None:
         folder = gguf.converted_folder(source.file, workspace)
         config = _folder_config(model, folder) if folder.is_dir() else gguf.read_config(source.file)
+    elif source.folder is not None and not needs_weights and (source.folder / "config.json").is_file():
+        _check_config_file(model, source.folder)
+        config = _folder_config(model, source.folder)
     else:
         config = _folder_config(model, _folder(source, workspace, weights=False))
     return _build_skeleton(model, config)
+
+
+def import_libraries() -> None:
+    """Imports what loading a model imports, so that its memory can be told from the model's."""
+    gguf.quiet()
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
 def prepare(model: str, workspace: Workspace, progress: Progress | None = None) -> None:

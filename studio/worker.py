@@ -16,9 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,14 +37,14 @@ from core import (
     Training,
     World,
     forecast_memory,
-    inject,
     is_lost,
+    is_of_memory,
     peak_memory_bytes,
     resolve_devices,
     resolve_dtype,
     train,
 )
-from studio import data, launcher, models
+from studio import data, launcher, models, setup
 from studio.checkpoints import best, share_adapter
 from studio.event_log import EventWriter
 from studio.remedies import for_memory
@@ -195,34 +193,15 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
     device = world.device(spec.train.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dtype = resolve_dtype(spec.train.precision, device)
-    note("Reading the data")
-    with world.first_alone():
-        tokenizer = models.load_tokenizer(spec.model, workspace)
-        try:
-            # What has begun had its rows checked; what it skipped then, it skips now.
-            rows = replace(spec.data, bad_rows="skip") if start else spec.data
-            train_settings = {"max_length": spec.train.max_length, "seed": spec.train.seed}
-            prepared = data.prepare(rows, tokenizer, workspace=workspace, progress=note, **train_settings)
-        except LoRAError as error:
-            raise _DataError(str(error)) from error
+    prepared, pad = setup.rows_of(spec, workspace, world, note, is_begun=start is not None)
     for source in run.note_data(prepared.hashes) if world.is_first else ():
         note(f"{source} has changed since this run first read it; from here on it trains on other rows")
-    for sentence in prepared.report.sentences():
-        note(sentence)
-    note("Loading the model")
-    with world.first_alone():
-        at_first = "cpu" if spec.train.shard_weights else str(device)  # it may be too large for the device
-        model = models.load_model(spec.model, workspace, device=at_first, dtype=dtype, progress=note)
-    _prepare(spec)(model)
-    injection = inject(model, spec.lora, seed=spec.train.seed)
+    model, injection = setup.adapted_model(spec, workspace, world, device, note)
     together = f", in {world.size} processes" if world.size > 1 else ""
     if spec.train.shard_weights:
-        world.shard(model, device)
         together += " that share the frozen weights out among them" if world.size > 1 else ""
     note(f"Training {injection.num_trainable:,} parameters in {len(injection.targets)} matrices{together}")
 
-    pad = tokenizer.pad_token_id
     num_rows = spec.train.batch_size * world.size
     if start and spec.continues:  # of a run that may have trained more matrices
         start, left_out = start.only(model)
@@ -290,10 +269,6 @@ def _drain(run: Run, keeper: _Keeper, training: Training, adapter: Callable[[], 
             return
 
 
-class _DataError(LoRAError):
-    """The rows cannot be trained on."""
-
-
 def _explain(error: Exception, run: Run) -> Failed:
     """Returns what a person should read about `error`: the cause and the next step."""
     if isinstance(error, ExplodedGradientError):
@@ -309,8 +284,8 @@ def _explain(error: Exception, run: Run) -> Failed:
     if is_lost(error):
         return Failed(KILLED.format("A worker process"), "killed")
     if isinstance(error, LoRAError):
-        return Failed(str(error), "data" if isinstance(error, _DataError) else "")
-    if _is_of_memory(error):
+        return Failed(str(error), "data" if isinstance(error, setup.DataError) else "")
+    if is_of_memory(error):
         config = run.spec.train
         return Failed(
             f"Not enough memory for batch size {config.batch_size} × {config.max_length} tokens; "
@@ -329,7 +304,7 @@ def _predicted_bytes(run: Run) -> dict[str, int]:
     def forecast(spec: RunSpec) -> MemoryForecast:
         devices = resolve_devices(spec.train.device)
         dtype = resolve_dtype(spec.train.precision, devices[0])
-        prepare, num_devices = _prepare(spec), len(devices)
+        prepare, num_devices = setup.preparation(spec), len(devices)
         return forecast_memory(skeleton, spec.lora, spec.train, dtype, prepare=prepare, num_devices=num_devices)
 
     try:
@@ -344,21 +319,6 @@ def _predicted_bytes(run: Run) -> dict[str, int]:
     except Exception:  # of a model that cannot be run on shapes: the failure itself must still be told
         log.exception("What it would have taken could not be predicted.")
         return {}
-
-
-def _prepare(spec: RunSpec) -> Callable[[Any], None]:
-    """Returns what is done to a model before it is adapted."""
-
-    def prepare(model: Any) -> None:
-        models.prepare_to_train(model, activation_checkpointing=spec.train.activation_checkpointing)
-
-    return prepare
-
-
-def _is_of_memory(error: Exception) -> bool:
-    # Torch's allocator for the CPU has no type for it, and other words on Windows.
-    words = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in str(error) for part in words)
 
 
 def _is_of_full_disk(error: BaseException | None) -> bool:

@@ -118,3 +118,36 @@ def test_a_model_far_larger_than_this_machine_takes_no_memory(build):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert found.total > 100e9 and peak < 100e6
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "lora",
+    [LoRAConfig(r=4), LoRAConfig(r=2, layers="3-"), LoRAConfig(r=2, rank_pattern={r"model\.layers\.5\..*": 8}), None],
+    ids=["all", "upper layers", "a rank of its own", "full"],
+)
+def test_a_few_blocks_tell_the_same_to_the_byte_as_all(build, lora, checkpointing, monkeypatch):
+    model = build("llama", num_hidden_layers=9).to("meta")
+
+    def prepare(model):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+
+    def forecast():
+        return forecast_memory(model, lora, train_config(2, 24), torch.float32, prepare=prepare)
+
+    few = forecast()
+    monkeypatch.setattr("core.memory._alike", lambda model: None)
+    assert few == forecast()
+
+
+def test_full_fine_tuning_counts_every_weight_and_two_moments_in_float32(build):
+    model = build("llama").to("meta")
+    num = sum(p.numel() for p in model.parameters())
+    found = forecast_memory(model, None, train_config(), torch.bfloat16)
+    assert (found.gradients, found.moments, found.adapter) == (2 * num, 8 * num, 0)
+    assert found.activations > forecast_memory(model, LoRAConfig(r=4), train_config(), torch.bfloat16).activations
+
+
+def test_dropout_which_draws_its_seed_can_be_forecast(forecast):
+    assert forecast(lora=LoRAConfig(r=4, dropout=0.1)).activations > 0

@@ -266,7 +266,7 @@ def test_what_only_the_machine_can_cause_is_told_with_the_next_step(error, messa
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr(worker, "inject", fail)
+    monkeypatch.setattr("studio.setup.inject", fail)
     code, run = work(spec)
     assert (code, run.status) == (1, "paused" if isinstance(error, OSError) else "failed")
     assert_one_sentence(run.log.end, message)
@@ -274,7 +274,7 @@ def test_what_only_the_machine_can_cause_is_told_with_the_next_step(error, messa
 
 def test_memory_that_this_machine_really_does_not_have_is_a_failure_for_memory(work, spec, monkeypatch):
     """Torch's own error, in its own words, and not one that was written down here."""
-    monkeypatch.setattr(worker, "inject", lambda *args, **options: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr("studio.setup.inject", lambda *args, **options: torch.empty(2**60, dtype=torch.uint8))
     _, run = work(spec)
     assert (run.status, run.log.end.cause) == ("failed", "memory")
     assert run.log.end.predicted_bytes
@@ -313,7 +313,7 @@ def test_a_failure_for_memory_says_what_it_was_to_take_and_what_each_remedy_woul
     sizes = run.log.end.predicted_bytes
     terms = {name: size for name, size in sizes.items() if name in MemoryForecast.__dataclass_fields__}
     assert sizes.keys() - terms.keys() == {remedy.label for remedy in remedies(run)}
-    assert len(sizes) == 5 + 4 and all(0 < size < sum(terms.values()) for size in sizes.values())
+    assert len(sizes) == 5 + 5 and all(0 < size < sum(terms.values()) for size in sizes.values())
     half = sizes["Batch size 2, accumulation 2"] - sum(terms.values()) + terms["activations"]
     assert half == pytest.approx(terms["activations"] / 2, rel=0.1)
 
@@ -324,7 +324,11 @@ def test_with_fewer_targets_a_run_that_lacked_memory_goes_on_from_its_checkpoint
         patch.setattr(worker, "train", failing_after(3))
         _, run = work(spec)
     (fewer,) = (remedy for remedy in remedies(run) if remedy.label == "Query and value alone")
-    assert 0 < fewer.predicted_bytes < sum(run.log.end.predicted_bytes[name] for name in MemoryForecast.__annotations__)
+    assert (
+        0
+        < fewer.predicted_bytes
+        < sum(run.log.end.predicted_bytes.get(name, 0) for name in MemoryForecast.__annotations__)
+    )
     mended = Runs(workspace).create(fewer.spec)
     assert worker.main([str(mended.folder)]) == 0
     assert (mended.status, [s.step for s in mended.log.steps]) == ("finished", [1, 2, 3, 4])
@@ -394,7 +398,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_the_data_and_offers_a_small
             model.model.layers[1].mlp.up_proj.base_layer.weight[0, 0] = float("nan")
         return injection
 
-    monkeypatch.setattr(worker, "inject", spoil)
+    monkeypatch.setattr("studio.setup.inject", spoil)
     _, run = work(dataclasses.replace(spec, data=dataclasses.replace(spec.data, eval_fraction=0.0)))
     assert (run.status, run.log.end.cause) == ("failed", "loss")
     found = re.fullmatch(

@@ -1,0 +1,211 @@
+"""What a run would take, before it is begun: parameters, memory beside full fine-tuning, and what makes it fit.
+
+All of it comes from the model's config: no weight is read.
+"""
+
+import heapq
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from core import (
+    FRAMEWORK_BYTES,
+    LoRAError,
+    MemoryForecast,
+    device_memory,
+    forecast_memory,
+    plan,
+    resolve_devices,
+    resolve_dtype,
+)
+from studio import models, setup
+from studio.remedies import Remedy, for_memory
+from studio.specs import RunSpec
+from studio.workspace import Workspace, write_whole
+
+log = logging.getLogger("studio.planner")
+
+MOST_FORECASTS, MOST_PROPOSALS = 40, 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take.
+
+    Attributes:
+        device: On which; of several, each.
+        num_devices: How many train together.
+        dtype: Of the weights, in torch's words.
+        num_parameters: Of the base model, tied ones once.
+        num_trained: Of A and B and what else is trained.
+        adapter_bytes: Of the adapter's file, float32.
+        lora: Of one device.
+        full: The same step with every weight trained in the weights' type, by Adam with float32 moments.
+        free_bytes, total_bytes: Of one device; 0 where nobody says.
+    """
+
+    device: str
+    num_devices: int
+    dtype: str
+    num_parameters: int
+    num_trained: int
+    adapter_bytes: int
+    lora: MemoryForecast
+    full: MemoryForecast
+    free_bytes: int
+    total_bytes: int
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the run fits what is free; None where nobody says what that is."""
+        return self.lora.total <= self.free_bytes if self.free_bytes else None
+
+
+class Planner:
+    """Makes plans for one model, whose skeleton it keeps."""
+
+    def __init__(self, model: str, workspace: Workspace, skeleton: nn.Module | None = None) -> None:
+        """Takes a model's name, and its skeleton if there is one already.
+
+        Raises:
+            LoRAError: `model` names nothing that has a config which can be built from.
+        """
+        self._workspace = workspace
+        self._skeleton = skeleton or models.skeleton(model, workspace, needs_weights=False)
+
+    def plan(self, spec: RunSpec, *, num_devices: int | None = None, free_bytes: int | None = None) -> Plan:
+        """Returns what a run would take.
+
+        Args:
+            spec: The run.
+            num_devices: How many devices train together; None for as many as its setting names.
+            free_bytes: What each has; None for what is free now.
+
+        Raises:
+            LoRAError: The settings do not fit the model, or the device is not there.
+        """
+        devices = resolve_devices(spec.train.device)
+        number = num_devices or len(devices)
+        if number < 1:
+            raise LoRAError(f"`devices` (={number}) must be at least 1.")
+        free, total = device_memory(devices[0])
+        injection = plan(self._skeleton, spec.lora)
+        lora = self.forecast(spec, num_devices=number)
+        return Plan(
+            device=str(devices[0]),
+            num_devices=number,
+            dtype=str(resolve_dtype(spec.train.precision, devices[0])).removeprefix("torch."),
+            num_parameters=sum(p.numel() for p in self._skeleton.parameters()),
+            num_trained=injection.num_trainable,
+            adapter_bytes=lora.adapter,
+            lora=lora,
+            full=self.forecast(spec, num_devices=number, full=True),
+            free_bytes=free if free_bytes is None else free_bytes,
+            total_bytes=total if free_bytes is None else free_bytes,
+        )
+
+    def forecast(self, spec: RunSpec, *, num_devices: int | None = None, full: bool = False) -> MemoryForecast:
+        """Returns what each of a run's devices would hold at its peak, the libraries' share included.
+
+        Raises:
+            LoRAError: The settings do not fit the model, or the device is not there.
+        """
+        devices = resolve_devices(spec.train.device)
+        found = forecast_memory(
+            self._skeleton,
+            None if full else spec.lora,
+            spec.train,
+            resolve_dtype(spec.train.precision, devices[0]),
+            prepare=setup.preparation(spec),
+            num_devices=num_devices or len(devices),
+        )
+        return replace(found, framework=framework_share(devices[0], self._workspace))
+
+    def fit(self, spec: RunSpec, free_bytes: int, *, num_devices: int | None = None) -> Iterator[Remedy | None]:
+        """Yields a few changes, or several at once, after which a run fits, the cheapest in time first.
+
+        Those that train the same come before those that train less.
+        None is yielded after each look at one that does not fit, so that who waits sees that it goes on; at most
+        `MOST_FORECASTS` are looked at.
+
+        Raises:
+            LoRAError: The settings do not fit the model, or the device is not there.
+        """
+        order, seen = count(), {json.dumps(spec.to_dict())}
+        waiting = [_Way(False, 1.0, next(order), spec, {})]
+        found: list[_Way] = []
+        for _ in range(MOST_FORECASTS):
+            while waiting and any(done.steps.keys() <= waiting[0].steps.keys() for done in found):
+                heapq.heappop(waiting)  # a part of it is enough
+            if not waiting or len(found) == MOST_PROPOSALS:
+                return
+            way = heapq.heappop(waiting)
+            total = self.forecast(way.spec, num_devices=num_devices).total
+            if total <= free_bytes:
+                found.append(way)
+                yield way.remedy(total)
+                continue
+            yield None
+            for step in for_memory(way.spec):
+                try:
+                    plan(self._skeleton, step.spec.lora)
+                except LoRAError:  # the model has no such matrices
+                    continue
+                if (key := json.dumps(step.spec.to_dict())) not in seen:
+                    seen.add(key)
+                    heapq.heappush(waiting, way.further(step, next(order)))
+
+
+class _Way(NamedTuple):
+    """Changes of a run, in the order in which they are tried."""
+
+    trains_less: bool
+    relative_time: float
+    number: int
+    spec: RunSpec
+    steps: dict[str, Remedy]
+
+    def further(self, step: Remedy, number: int) -> "_Way":
+        steps = {**self.steps, step.setting: step}  # half of the half stands for both
+        less, time = self.trains_less or step.trains_less, self.relative_time * step.relative_time
+        return _Way(less, time, number, step.spec, steps)
+
+    def remedy(self, total: int) -> Remedy:
+        label = " + ".join(step.label for step in self.steps.values())
+        cost = "; ".join(step.cost for step in self.steps.values())
+        names = ",".join(self.steps)
+        return Remedy(names, label, self.spec, total, self.relative_time, self.trains_less, cost)
+
+
+def framework_share(device: torch.device, workspace: Workspace) -> int:
+    """Returns what the libraries take before there is a model: on a CPU as measured, else by a constant.
+
+    It is measured once for a workspace and versions of the libraries, by a process that has what a worker has.
+    """
+    if device.type != "cpu":
+        return FRAMEWORK_BYTES[device.type]
+    place = workspace.cache / "framework.json"
+    key = f"torch {torch.__version__}, transformers {version('transformers')}, Python {sys.version}"
+    try:
+        known = json.loads(place.read_text())
+        if known["of"] == key:
+            return int(known["bytes"])
+    except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or not with these versions
+        pass
+    command = [sys.executable, "-P", "-m", "studio.probe", "--framework", str(workspace.root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        log.warning("What the libraries take could not be measured: %s", done.stderr[-500:])
+        return FRAMEWORK_BYTES["cpu"]
+    found = int(done.stdout)
+    write_whole(place, json.dumps({"of": key, "bytes": found}).encode())
+    return found

@@ -1,0 +1,216 @@
+"""A probe: what training takes, tried out before it is begun, by a few steps on the longest batch of a run's rows.
+
+It goes through what a run's worker goes through, in a process of its own that leaves nothing behind: no run, no
+adapter. The page and the command line start it, and may end it at any time.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from core import (
+    LoRAError,
+    Noted,
+    Step,
+    World,
+    framework_bytes,
+    is_of_memory,
+    peak_memory_bytes,
+    resolve_devices,
+    train,
+)
+from studio.jobs import ENVIRONMENT
+from studio.specs import RunSpec
+from studio.workspace import Workspace
+
+NUM_STEPS = 3
+"""So many are taken; the first, which is slower, gives no time."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a few steps on the longest batch really took, on one device.
+
+    Attributes:
+        device: On which.
+        num_rows: Of the batch.
+        num_tokens: Of its longest row.
+        framework_bytes: What the libraries took before there was a model.
+        loading_bytes: The peak until the model was loaded and adapted.
+        peak_bytes: The peak of all, the libraries and the loading included.
+        batch_seconds: Of one batch, forward and backward.
+        total_seconds: All the steps of the run at that pace; evaluations and shorter rows are not taken into account.
+    """
+
+    device: str
+    num_rows: int
+    num_tokens: int
+    framework_bytes: int
+    loading_bytes: int
+    peak_bytes: int
+    batch_seconds: float
+    total_seconds: float
+
+
+class Probing(Iterator[Noted | Probe]):
+    """A probe that goes on: yields what it does, then what it found. Closed, or forgotten, its process ends."""
+
+    def __init__(self, spec: RunSpec, workspace: Workspace, *, full_rows: bool = False) -> None:
+        """Starts it.
+
+        Args:
+            spec: The run that is thought of.
+            workspace: Where the model's cache and uploads lie.
+            full_rows: Take rows of `max_length` random tokens instead of the data's longest.
+        """
+        command = [sys.executable, "-P", "-m", "studio.probe", str(workspace.root)]
+        self._log = tempfile.TemporaryFile("w+")  # whatever libraries print, nobody waits for it to be read
+        self._process = subprocess.Popen(
+            [*command, *(["--full-rows"] if full_rows else [])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
+            env={**ENVIRONMENT, **os.environ},
+        )
+        with suppress(OSError):  # it ended at once, and says why
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(spec.to_dict()))
+            self._process.stdin.close()
+        self._is_closed = False
+
+    def __next__(self) -> Noted | Probe:
+        """Raises: LoRAError: It cannot be done, or was ended from elsewhere."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            said = json.loads(line)
+            if "note" in said:
+                return Noted(said["note"])
+            if "problem" in said:
+                self.close()
+                raise LoRAError(said["problem"])
+            return Probe(**said)
+        code = self._process.wait()
+        if self._is_closed:
+            raise LoRAError("The probe was cancelled.")
+        if code == 0:
+            raise StopIteration
+        if code == -signal.SIGKILL:
+            raise LoRAError("The probe was killed, most likely by the system for want of memory: it does not fit.")
+        self._log.seek(0)
+        tail = self._log.read()[-2000:].strip().splitlines()
+        raise LoRAError(f"The probe ended by an error that was not foreseen: {tail[-1] if tail else f'code {code}'}")
+
+    def close(self) -> None:
+        """Ends its process and all that it started; what it held is free then."""
+        self._is_closed = True
+        with suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_process") and self._process.poll() is None:
+            self.close()
+
+
+def measure(spec: RunSpec, workspace: Workspace, *, full_rows: bool = False) -> Iterator[Noted | Probe]:
+    """Takes the steps in this process; see `Probing`."""
+    import torch
+
+    from studio import data, models, setup
+
+    devices = resolve_devices(spec.train.device)
+    device, world = devices[0], World()
+    if len(devices) > 1 and spec.train.shard_weights:
+        raise LoRAError("`shard_weights` (=True) must be off to probe: one device alone is probed, with all weights.")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    models.import_libraries()
+    own = framework_bytes(device)
+    notes: list[Noted] = []
+
+    def note(message: str) -> None:
+        notes.append(Noted(message))
+
+    config = replace(
+        spec.train, steps=NUM_STEPS, warmup_steps=0, accumulation=1, eval_every=0, patience=0, prefix_cache="off"
+    )
+    if full_rows:
+        batch = None
+    else:
+        yield Noted("Reading the data")
+        prepared, pad = setup.rows_of(spec, workspace, world, note)
+        longest = sorted(prepared.train, key=lambda e: len(e.input_ids))[-config.batch_size :]
+        (batch,) = data.eval_batches(longest, config.batch_size, pad)
+    yield Noted("Loading the model")
+    model, _ = setup.adapted_model(spec, workspace, world, device, note)
+    if batch is None:
+        shape = (config.batch_size, config.max_length)
+        ids = torch.randint(0, model.config.get_text_config().vocab_size, shape)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    loading = peak_memory_bytes(device)
+    seconds = []
+    for event in train(model, iter([batch] * NUM_STEPS), config):
+        if isinstance(event, Step):
+            seconds.append(event.step_seconds)
+            yield Noted(f"Step {event.step} of {NUM_STEPS}")
+    best = min(seconds[1:])
+    outside = own if device.type == "cuda" else 0  # what torch counts there is its own alone
+    yield Probe(
+        device=str(device),
+        num_rows=len(batch["labels"]),
+        num_tokens=batch["labels"].shape[1],
+        framework_bytes=own,
+        loading_bytes=loading + outside,
+        peak_bytes=peak_memory_bytes(device) + outside,
+        batch_seconds=best,
+        total_seconds=best * spec.train.accumulation * spec.train.steps,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Probes the spec that stands on standard input, and prints what `measure` yields as lines of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m studio.probe", description=main.__doc__)
+    parser.add_argument("workspace", type=Path)
+    parser.add_argument("--full-rows", action="store_true", help="rows of max_length random tokens")
+    parser.add_argument("--framework", action="store_true", help="print what the libraries take, and nothing else")
+    args = parser.parse_args(argv)
+    if args.framework:
+        import torch
+
+        from studio import models, setup  # noqa: F401
+
+        models.import_libraries()
+        sys.stdout.write(f"{framework_bytes(torch.device('cpu'))}\n")
+        return 0
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no line of ours
+
+    def say(line: dict[str, Any]) -> None:
+        print(json.dumps(line), file=out, flush=True)
+
+    try:
+        spec = RunSpec.from_dict(json.load(sys.stdin))
+        for found in measure(spec, Workspace(args.workspace), full_rows=args.full_rows):
+            say({"note": found.message} if isinstance(found, Noted) else dataclasses.asdict(found))
+    except LoRAError as error:
+        say({"problem": str(error)})
+    except Exception as error:
+        if not is_of_memory(error):
+            raise
+        say({"problem": "Not enough memory: it does not fit this device. “Fit it for me” says what may help."})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
