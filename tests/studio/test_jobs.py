@@ -28,7 +28,7 @@ from core import (
     lora_layers,
     strength,
 )
-from studio import data, jobs, models, worker
+from studio import data, jobs, models, setup, worker
 from studio.event_log import EventWriter
 from studio.remedies import for_memory, remedies
 from studio.runs import KILLED, Run, Runs
@@ -356,7 +356,7 @@ def test_fewer_targets_are_offered_where_there_are_fewer(targets, model, is_offe
     monkeypatch.setattr(worker, "train", fail)
     _, run = work(dataclasses.replace(spec, lora=dataclasses.replace(spec.lora, target_modules=targets)))
     assert ("Query and value alone" in {remedy.label for remedy in remedies(run)}) == is_offered
-    assert len(remedies(run)) == 3 + is_offered
+    assert len(remedies(run)) == 4 + is_offered
 
 
 def test_on_several_devices_the_weights_may_be_split(spec):
@@ -390,7 +390,7 @@ def test_rows_that_cannot_be_trained_on_are_a_failure_of_the_data(work, spec):
 
 
 def test_a_loss_that_is_not_finite_names_the_rows_of_the_data_and_offers_a_smaller_rate(work, spec, monkeypatch):
-    real = worker.inject
+    real = setup.inject
 
     def spoil(model, *args, **options):
         injection = real(model, *args, **options)
