@@ -142,8 +142,7 @@ def plan(model: nn.Module, config: LoRAConfig) -> Injection:
             are asked for with DoRA.
     """
     shapes, whole = adaptable(model), wholes(model)
-    # An expert goes by the name of its stack, too.
-    names = dict.fromkeys(shapes) | {path: path.rpartition(".")[0] for path in adaptable(model, ("expert",))}
+    names = _names(model, shapes)
     by_pattern = _chosen(model, config, names, whole)
     chosen = {path for paths in by_pattern.values() for path in paths}
     experts = [path for path in chosen if names[path]]
@@ -170,6 +169,22 @@ def plan(model: nn.Module, config: LoRAConfig) -> Injection:
     unmatched = tuple(path for path in whole if path not in touched)
     extras = _trained_in_full(model, config, chosen, whole)
     return Injection(config, tuple(targets), by_pattern, unmatched, count_parameters(model), extras)
+
+
+def chosen_ranks(model: nn.Module, config: LoRAConfig) -> dict[str, int]:
+    """Returns path → r of each matrix that `config` chooses, in the model's order, whether or not r fits it.
+
+    Raises:
+        TargetError: A pattern matches nothing.
+        LoRAError: A fused projection is named whole and in slices.
+    """
+    names = _names(model, adaptable(model))
+    chosen = {path for paths in _chosen(model, config, names, wholes(model)).values() for path in paths}
+    return {
+        path: int(_by_pattern(config.rank_pattern, path, stack, config.r))
+        for path, stack in names.items()
+        if path in chosen
+    }
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -216,6 +231,11 @@ def count_parameters(model: nn.Module) -> int:
     added |= {id(e.trained) for e in extras}
     base = {id(p): p for p in model.parameters() if id(p) not in added} | originals
     return sum(p.numel() for p in base.values())
+
+
+def _names(model: nn.Module, shapes: Iterable[str]) -> dict[str, str | None]:
+    """Returns path → the name of its stack, by which an expert goes, too; None of another matrix."""
+    return dict.fromkeys(shapes) | {path: path.rpartition(".")[0] for path in adaptable(model, ("expert",))}
 
 
 def _whole(path: str, wholes: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from html import escape
 
 from gradio.themes import Base, Color, colors, sizes
 
+from studio import grid_page
 from studio.palette import ADAPTED, BASE
 
 _ORANGE = Color(
@@ -142,7 +143,7 @@ table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600;
 .pane-base {{ border-top: 3px solid var(--base) !important; }}
 .pane-adapter, .pane-merged {{ border-top: 3px solid var(--adapted) !important; }}
 .engine textarea {{ font-size: .8rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }}
-"""
+{grid_page.CSS}"""
 
 
 def facts(pairs: list[tuple[str, str]]) -> str:

@@ -1,12 +1,13 @@
 """Model: which base, which matrices, what rank; and what that costs, before anything is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
-from core import ALL_LINEAR, FORMS, LoRAConfig, LoRAError, adaptable, plan, settings
-from studio import matrices, models, theme
+from core import ALL_LINEAR, FORMS, LoRAConfig, LoRAError, adaptable, chosen_ranks, plan, quoted, settings
+from studio import grid, grid_page, matrices, models, theme
 from studio.forms import Form
 from studio.state import Studio
 
@@ -63,7 +64,7 @@ def targets(preset: str, names: list[str], pattern: str) -> str | tuple[str, ...
     if preset == "All linear":
         return ALL_LINEAR
     if not names:
-        raise LoRAError("`target_modules` (=nothing) must name at least one matrix; tick some in the Model tab.")
+        raise LoRAError(grid.NOTHING)
     return tuple(names)
 
 
@@ -101,7 +102,7 @@ def cost_view(studio: Studio, model: str, config: LoRAConfig) -> str:
     experts = adaptable(skeleton, ["expert"])  # of which `unmatched` counts a stack once
     stacks = {path.rpartition(".")[0] for path in experts}
     left_out = {*injection.unmatched, *experts} - stacks - {t.path for t in injection.targets}
-    return theme.facts(
+    facts = theme.facts(
         [
             ("Trainable parameters", f"{injection.num_trainable:,}"),
             ("Share of the model", f"{100 * injection.trainable_share:.2f} %"),
@@ -109,6 +110,24 @@ def cost_view(studio: Studio, model: str, config: LoRAConfig) -> str:
             ("Matrices adapted", f"{len(injection.targets)} of {len(injection.targets) + len(left_out)}"),
         ]
     )
+    words = chosen_by(config, {pattern: len(paths) for pattern, paths in injection.by_pattern.items()})
+    unused = grid.unused_ranks(config, {t.path: t.r for t in injection.targets})
+    warnings = [f"`rank_pattern` has {quoted(key)}, which fits no adapted matrix." for key in unused]
+    return facts + theme.command("As settings", words) + (theme.said(warnings, "warn") if warnings else "")
+
+
+def chosen_by(config: LoRAConfig, counts: dict[str, int]) -> str:
+    """Returns in words what the settings of the choice are; `counts` is pattern → matrices that it takes."""
+    told = [f"{pattern} ({count:,})" for pattern, count in counts.items()]
+    words = f"target_modules: {', '.join(told)}"
+    if config.layers:
+        words += f" · layers: {config.layers}"
+    if config.exclude_modules:
+        left = config.exclude_modules
+        words += f" · except: {left if isinstance(left, str) else ', '.join(left)}"
+    if config.rank_pattern:
+        words += f" · ranks: {', '.join(f'{key} → {r}' for key, r in config.rank_pattern.items())}"
+    return words
 
 
 def build(studio: Studio, page: gr.Blocks) -> ModelTab:
@@ -122,28 +141,116 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
                 place = gr.Textbox(label="Hub id", elem_id="model-place", max_lines=1)
                 look = gr.Button("Look at this model", variant="primary")
             facts = gr.HTML(theme.said("Reading the model's description …"), elem_id="model-facts")
-        with gr.Column(scale=6, min_width=320):
-            gr.Markdown("### The adapter\nΔW = (alpha / r) · B·A, added to each matrix that you pick.")
-            preset = gr.Radio(["All linear"], value="All linear", label="Which matrices", elem_id="preset")
-            names = gr.CheckboxGroup([], label="Matrices in each layer (out × in)", elem_id="matrices")
+            gr.Markdown("### The update\nΔW = (alpha / r) · B·A, added to each matrix that you pick.")
             form = Form(LoRAConfig, [s.name for s in settings(LoRAConfig) if s.name != "target_modules"])
-            with gr.Accordion("By pattern", open=False):
+        with gr.Column(scale=6, min_width=320):
+            gr.Markdown(
+                "### Which matrices\nOrange is adapted, blue stays as it is. Click a matrix, a layer or a column; "
+                "or go there with the arrow keys and press space."
+            )
+            preset = gr.Radio(["All linear"], value="All linear", label="Choices to start from", elem_id="preset")
+            cells = gr.HTML("", html_template=grid_page.TEMPLATE, js_on_load=grid_page.JS, elem_id="grid", layout="")
+            cost = gr.HTML(elem_id="model-cost")
+            with gr.Accordion("By name or pattern", open=False):
+                names = gr.CheckboxGroup([], label="Matrices in each layer (out × in)", elem_id="matrices")
                 pattern = gr.Textbox(
                     label="Regular expression over whole paths",
-                    info=r"Goes before the ticks. For example .*\.layers\.(0|1)\..*q_proj for the first two layers.",
-                    max_lines=1,
+                    info=r"Goes before the names. For example `.*\.layers\.(0|1)\..*q_proj` for the first two layers.",
+                    max_lines=2,
+                    elem_id="pattern",
                 )
-            cost = gr.HTML(elem_id="model-cost")
 
     inputs = [model, preset, names, pattern, *form.widgets]
+    own = [form.widgets[form.names.index(name)] for name in CHOICE]
+    choice = [preset, names, pattern, *own]
 
-    @studio.guard
-    def show_cost(*values: Any) -> str:
+    def r_of(values: Sequence[Any]) -> int:
+        """Returns the general rank, or its default while none is written."""
+        r = values[4 + form.names.index("r")]
+        return r if isinstance(r, int) and r > 0 else LoRAConfig().r
+
+    def cost_of(chosen: str, config: LoRAConfig) -> str:
         try:
-            chosen, config = parse(form, list(values))
             return cost_view(studio, chosen, config)
         except LoRAError as error:  # said where the cost would stand: the form is still being filled in
             return theme.said(str(error), "error")
+
+    @studio.guard
+    def show(*values: Any) -> tuple[Any, ...]:
+        """Returns the grid, the names and the cost that the settings say."""
+        model_name, title, ticked, text, *_ = values
+        grid_cells = grid.cells(studio.skeleton(model_name))
+        try:
+            targets(title, ticked, text)
+        except LoRAError as error:
+            nothing = grid.state(grid_cells, model_name, {}, r_of(values))
+            return nothing, gr.skip(), gr.skip(), theme.said(str(error), "error")
+        try:
+            _, config = parse(form, list(values))
+        except LoRAError as error:  # of another setting: the choice is as it was
+            return gr.skip(), gr.skip(), gr.skip(), theme.said(str(error), "error")
+        ranks = _ranks(studio, model_name, config)
+        state = grid.state(grid_cells, model_name, ranks, config.r, config.dora)
+        by_pattern = (text or "").strip()
+        ticks, title = (grid.full_columns(grid_cells, ranks), CHOOSE) if by_pattern else (gr.skip(), gr.skip())
+        return state, ticks, title, cost_of(model_name, config)
+
+    def represent(ranks: grid.Ranks, *values: Any) -> tuple[Any, ...]:
+        """Returns the values of `choice`, and the cost, for a choice of matrices."""
+        chosen, _, _, _, *widgets = values
+        tree = studio.skeleton(chosen)
+        if not ranks:
+            return CHOOSE, [], "", "", "", "", theme.said(grid.NOTHING, "error")
+        try:
+            config = parse(form, list(values))[1]
+        except LoRAError:  # the rest of the form is still being filled in, or nothing was chosen
+            try:
+                config = LoRAConfig.from_dict(form.values(widgets))
+            except LoRAError:
+                config = LoRAConfig()
+        config = grid.settings_for(tree, grid.cells(tree), ranks, config)
+        by_title = matrices.presets(found_in(chosen))
+        target = config.target_modules
+        is_plain = not (config.layers or config.exclude_modules)
+        if target == ALL_LINEAR:
+            title, ticks, text = "All linear", by_title["All linear"], ""
+        elif isinstance(target, str):
+            title, ticks, text = CHOOSE, grid.full_columns(grid.cells(tree), ranks), target
+        else:
+            same = [title for title, found in by_title.items() if set(found) == set(target) and is_plain]
+            title, ticks, text = (*same, CHOOSE)[0], list(target), ""
+        shown = dict(zip(form.names, form.shown(config), strict=True))
+        return title, ticks, text, *(shown[name] for name in CHOICE), cost_of(chosen, config)
+
+    @studio.guard
+    def edited(text: str, *values: Any) -> tuple[Any, ...]:
+        """Returns the settings that make what was clicked in the grid."""
+        grid_cells = grid.cells(studio.skeleton(values[0]))
+        return represent(grid.read_state(grid_cells, text, r_of(values)), *values)
+
+    @studio.guard
+    def tick(shown: str, *values: Any) -> tuple[Any, ...]:
+        """Returns the settings and the grid after a name was ticked; beside a pattern it takes or leaves the column."""
+        model_name, _, ticked, text, *widgets = values
+        if not (text or "").strip():
+            kept = [values[4 + form.names.index(name)] for name in CHOICE]
+            now = [model_name, CHOOSE, ticked, "", *widgets]
+            state, _, _, words = show(*now)
+            return state, CHOOSE, ticked, "", *kept, words
+        grid_cells, r = grid.cells(studio.skeleton(model_name)), r_of(values)
+        ranks = dict(grid.read_state(grid_cells, shown, r))
+        before = set(grid.full_columns(grid_cells, ranks))
+        for cell in grid_cells:
+            if cell.column in set(ticked) - before:
+                for other in grid_cells:  # a fused projection is adapted whole or in slices
+                    if cell.whole == other.path or other.whole == cell.path:
+                        ranks.pop(other.path, None)
+                ranks |= {path: ranks.get(path, r) for path in cell.paths}
+            elif cell.column in before - set(ticked):
+                for path in cell.paths:
+                    ranks.pop(path, None)
+        dora = bool(widgets[form.names.index("dora")])
+        return grid.state(grid_cells, model_name, ranks, r, dora), *represent(ranks, *values)
 
     def found_in(chosen: str) -> list[matrices.MatrixKind]:
         skeleton = studio.skeleton(chosen)
@@ -164,24 +271,29 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
             facts_view(info),
             gr.Radio(choices=[*by_title, CHOOSE], value="All linear"),
             gr.CheckboxGroup(choices=choices, value=by_title["All linear"]),
+            "",
+            gr.HTML(layout=grid.layout(grid.cells(studio.skeleton(chosen)), chosen)),
         )
 
-    def take_preset(chosen: str, title: str) -> Any:
+    def take_preset(chosen: str, title: str) -> tuple[Any, ...]:
         if title == CHOOSE:
-            return gr.skip()
-        return matrices.presets(found_in(chosen))[title]
+            return (gr.skip(),) * 4
+        return matrices.presets(found_in(chosen))[title], "", "", ""
 
     def take_kind(kind_title: str) -> tuple[Any, ...]:
         wanted = KINDS[kind_title]
         label, info = HINTS.get(wanted, ("", ""))
         return gr.Group(visible=wanted != "starter"), gr.Textbox(label=label, info=info)
 
-    shown = [model, facts, preset, names]
+    shown = [model, facts, preset, names, pattern, cells]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+    last: dict[str, Any] = {"trigger_mode": "always_last"}  # of clicks that follow fast, the last one counts
     kind.change(take_kind, kind, [elsewhere, place], queue=False, **quiet)
     looked = [
         kind.change(
-            studio.guard(lambda title, text: look_at(title, text) if KINDS[title] == "starter" else [gr.skip()] * 4),
+            studio.guard(
+                lambda title, text: look_at(title, text) if KINDS[title] == "starter" else [gr.skip()] * len(shown)
+            ),
             [kind, place],
             shown,
             **quiet,
@@ -194,15 +306,27 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
             api_visibility="private",
             show_progress_on=facts,
         ),
-        preset.input(studio.guard(take_preset), [model, preset], names, trigger_mode="always_last", **quiet),
-        names.input(lambda: CHOOSE, None, preset, queue=False, **quiet),
+        preset.input(studio.guard(take_preset), [model, preset], [names, pattern, *own[:2]], **last, **quiet),
         page.load(studio.guard(look_at), [kind, place], shown, **quiet),
     ]
     for event in looked:
-        event.success(show_cost, inputs, cost, **quiet)
-    edited = [pattern.input, *(w.input for w in form.widgets)]
-    gr.on(edited, show_cost, inputs, cost, trigger_mode="always_last", **quiet)
+        event.success(show, inputs, [cells, names, preset, cost], **quiet)
+    typed = [pattern.input, *(w.input for w in form.widgets)]
+    gr.on(typed, show, inputs, [cells, names, preset, cost], **last, **quiet)
+    names.input(tick, [cells, *inputs], [cells, *choice, cost], queue=False, **last, **quiet)
+    cells.edited(edited, [cells, *inputs], [*choice, cost], queue=False, **last, **quiet)
     return ModelTab(model, inputs, form)
+
+
+CHOICE = ("exclude_modules", "layers", "rank_pattern")
+"""The settings beside `target_modules` that a choice in the grid may need."""
+
+
+def _ranks(studio: Studio, model: str, config: LoRAConfig) -> dict[str, int]:
+    try:
+        return chosen_ranks(studio.skeleton(model), config)
+    except LoRAError:  # the settings fit nothing; the cost says why
+        return {}
 
 
 def _bytes(number: int | None) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import html
 import inspect
+import json
 import os
 import shutil
 import types
@@ -612,8 +613,11 @@ def test_a_check_s_rows_are_listed_with_their_place_in_the_file_and_why(survey):
 
 def test_a_look_at_a_model_offers_the_matrices_that_it_has(page, studio, tiny_folder):
     look_at = events(page, "look_at")[0].fn
-    model, facts, preset, names = look_at("Folder", f"  {tiny_folder} ")
+    model, facts, preset, names, pattern, cells = look_at("Folder", f"  {tiny_folder} ")
     assert model == str(tiny_folder) and "2 × 32" in facts
+    assert pattern == "", "a pattern for another model does not stay"
+    drawn = json.loads(update(cells)["layout"])
+    assert drawn["model"] == model and len(drawn["cells"]) == 16
     titles = update(preset)["choices"]
     assert titles == ["Query and value (the paper)", "All attention", "All linear", "My own choice"]
     offered = update(names)["choices"]
@@ -621,7 +625,8 @@ def test_a_look_at_a_model_offers_the_matrices_that_it_has(page, studio, tiny_fo
     take = handler(page, "take_preset")
     skeleton = studio.skeleton(model)
     for title, count in (("Query and value (the paper)", 4), ("All attention", 8), ("All linear", 14)):
-        chosen = take(model, title)
+        chosen, *cleared = take(model, title)
+        assert cleared == ["", "", ""], "a preset goes before a pattern, exceptions and layers"
         assert len(plan(skeleton, LoRAConfig(target_modules=tuple(chosen))).targets) == count
         assert set(chosen) <= {name for _, name in offered}
     with pytest.raises(gr.Error, match="`Folder` must not be empty; write one, or take the starter"):

@@ -124,7 +124,7 @@ def test_a_pattern_goes_before_the_ticks_and_all_linear_means_all(preset, names,
 @pytest.mark.parametrize("names", [[], None])
 def test_no_matrix_at_all_is_refused(names):
     with pytest.raises(
-        LoRAError, match=r"`target_modules` \(=nothing\) must name at least one matrix; tick some in the"
+        LoRAError, match=r"`target_modules` \(=nothing\) must name at least one matrix; click some in the"
     ):
         model_tab.targets(model_tab.CHOOSE, names, "")
 
@@ -156,6 +156,7 @@ def test_the_cost_is_told_before_a_weight_is_loaded(studio, tiny_folder):
         "Share of the model": f"{100 * trainable / (whole + trainable):.2f} %",
         "Adapter file": f"{4 * trainable / 1e3:.1f} kB",
         "Matrices adapted": "4 of 16",  # of 14 in layers, the head and the embedding
+        "As settings: ": "target_modules: self_attn.q_proj (2), mlp.up_proj (2)",
     }
     assert all(p.is_meta for p in studio.skeleton(str(tiny_folder)).parameters())
 
@@ -174,6 +175,16 @@ def test_the_cost_of_experts_counts_their_matrices_and_the_picker_their_stacks(s
     assert model_tab.label(down) == "mlp.experts.down_proj · 16 × 24 · 2× · 5 experts each"
     taken = plan(model, LoRAConfig(r=2, target_modules=(gate_up.name, down.name))).targets
     assert len(taken) == 2 * 2 * 5
+
+
+def test_the_cost_says_what_each_setting_of_the_choice_takes(studio, tiny_folder):
+    ranks = {"q_proj": 2, HOSTILE.replace("(", "").replace(")", ""): 3}
+    config = LoRAConfig(layers="1", exclude_modules=("up_proj",), rank_pattern=ranks)
+    shown = model_tab.cost_view(studio, str(tiny_folder), config)
+    text = " ".join(Read(shown).text)
+    assert "target_modules: all-linear (6) · layers: 1 · except: up_proj · ranks: q_proj → 2, " in text
+    assert "which fits no adapted matrix" in text
+    assert set(Read(shown).tags) == {"dl", "div", "dt", "dd", "p", "code"}
 
 
 def test_a_cost_that_cannot_be_is_one_sentence(studio, tiny_folder):
