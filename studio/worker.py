@@ -331,4 +331,8 @@ def _is_of_full_disk(error: BaseException | None) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if launcher.is_launched():  # a thread of torch's own that is still at work when the interpreter ends would abort it
+        logging.shutdown()
+        os._exit(exit_code)
+    sys.exit(exit_code)
