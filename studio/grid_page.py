@@ -263,11 +263,16 @@ const open = () => {
     draw();
     take();
 };
+// Gradio tells of keys alone, not of what is pasted or taken back.
+const boxesOfText = '#pattern, #setting-layers, #setting-exclude_modules, #setting-rank_pattern';
+document.addEventListener('input', (event) => {
+    if (event.target.closest?.(boxesOfText)) setTimeout(() => trigger('typed'), 50);
+});
 watch('layout', open);
 watch('value', take);
 open();
 """
-"""Runs in the component; raises `edited` with the choice as its value."""
+"""Runs in the component; raises `edited` with the choice as its value, and `typed` when settings of it are written."""
 
 CSS = """
 .matrix-bar { display: flex; flex-wrap: wrap; gap: .4rem 1rem; justify-content: space-between; align-items: center;

@@ -286,6 +286,7 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
         return gr.Group(visible=wanted != "starter"), gr.Textbox(label=label, info=info)
 
     shown = [model, facts, preset, names, pattern, cells]
+    drawn = [cells, names, preset, cost]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     last: dict[str, Any] = {"trigger_mode": "always_last"}  # of clicks that follow fast, the last one counts
     kind.change(take_kind, kind, [elsewhere, place], queue=False, **quiet)
@@ -310,9 +311,10 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
         page.load(studio.guard(look_at), [kind, place], shown, **quiet),
     ]
     for event in looked:
-        event.success(show, inputs, [cells, names, preset, cost], **quiet)
-    typed = [pattern.input, *(w.input for w in form.widgets)]
-    gr.on(typed, show, inputs, [cells, names, preset, cost], **last, **quiet)
+        event.success(show, inputs, drawn, **quiet)
+    numbers = [w.input for name, w in zip(form.names, form.widgets, strict=True) if name not in CHOICE]
+    gr.on(numbers, show, inputs, drawn, queue=False, **last, **quiet)
+    cells.typed(show, inputs, drawn, queue=False, **last, **quiet)
     names.input(tick, [cells, *inputs], [cells, *choice, cost], queue=False, **last, **quiet)
     cells.edited(edited, [cells, *inputs], [*choice, cost], queue=False, **last, **quiet)
     return ModelTab(model, inputs, form)
