@@ -47,7 +47,7 @@ def hostile(workspace_folder):
     rows = workspace.root / f"{NAME}.jsonl"
     rows.write_text(json.dumps({NAME: TEXT, TEXT: TEXT}) + "\n")
     spec = RunSpec(
-        TEXT, str(folder), DataSpec(str(rows), "text", text=TEXT), LoRAConfig(r=2), TrainConfig(device="cpu")
+        TEXT, str(folder), DataSpec(str(rows), layout="text", text=TEXT), LoRAConfig(r=2), TrainConfig(device="cpu")
     )
     plain = nn.Module()
     plain.add_module(NAME, nn.Sequential(nn.Linear(8, 8)))
