@@ -133,3 +133,10 @@ def test_names_of_ranks_that_fit_nothing_are_told():
     model, _ = made("llama")
     config = LoRAConfig(target_modules=("q_proj",), rank_pattern={"q_proj": 2, "up_proj": 3, r"layers\.7\..*": 1})
     assert grids.unused_ranks(config, chosen_ranks(model, config)) == ["up_proj", r"layers\.7\..*"]
+
+
+def test_an_expression_tells_some_layers_from_all():
+    picked = {f"model.layers.{i}.mlp.up_proj" for i in (0, 2, 4)}
+    found = chosen("llama of five layers", lambda c: c.column == "self_attn.q_proj" or c.path in picked)
+    some, every = r"model\.layers\.(?:0|2|4)\.mlp\.up_proj", r"model\.layers\.\d+\.self_attn\.q_proj"
+    assert found == LoRAConfig(r=R, target_modules=f"{every}|{some}")
