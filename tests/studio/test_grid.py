@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from core import ALL_LINEAR, LoRAConfig, LoRAError, adaptable, chosen_ranks, plan
 from studio import grid as grids
-from tests.core.families import FAMILIES
+from tests.core.families import FAMILIES, decoder
 
 R = 3
 
@@ -18,7 +18,7 @@ R = 3
 @functools.cache
 def made(family):
     with torch.device("meta"):
-        model = FAMILIES[family].make()
+        model = FAMILIES[family].make() if family in FAMILIES else decoder("Llama", num_hidden_layers=5)()
     return model, grids.cells(model)
 
 
@@ -51,7 +51,7 @@ def choices(draw, family):
     return clicked(grid, "".join(on), {str(i): r for i, r in own.items()}, some)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss", "phi3", "gpt_neox", "opt"])
+@pytest.mark.parametrize("family", ["llama of five layers", "gpt2", "mixtral", "gpt_oss", "phi3", "gpt_neox", "opt"])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_choice_in_the_grid_is_what_the_plan_adapts(family, data):
@@ -133,3 +133,10 @@ def test_names_of_ranks_that_fit_nothing_are_told():
     model, _ = made("llama")
     config = LoRAConfig(target_modules=("q_proj",), rank_pattern={"q_proj": 2, "up_proj": 3, r"layers\.7\..*": 1})
     assert grids.unused_ranks(config, chosen_ranks(model, config)) == ["up_proj", r"layers\.7\..*"]
+
+
+def test_an_expression_tells_some_layers_from_all():
+    picked = {f"model.layers.{i}.mlp.up_proj" for i in (0, 2, 4)}
+    found = chosen("llama of five layers", lambda c: c.column == "self_attn.q_proj" or c.path in picked)
+    some, every = r"model\.layers\.(?:0|2|4)\.mlp\.up_proj", r"model\.layers\.\d+\.self_attn\.q_proj"
+    assert found == LoRAConfig(r=R, target_modules=f"{every}|{some}")
