@@ -471,7 +471,7 @@ def test_an_upload_lands_in_the_workspace_whatever_its_name_and_gradio_keeps_no_
     path = Path(page.upload(name))
     assert path.is_relative_to(local.workspace.incoming) and ".." not in path.parts
     try:
-        page.run(page.event(inputs=["upload"]), FILE_DATA | {"path": str(path)}, None)
+        page.run(page.event(inputs=["upload"]), [FILE_DATA | {"path": str(path)}], None)
     except RuntimeError as refused:  # the name says nothing of what is in it; kept it was all the same
         assert "must end in" in str(refused)
     (kept,) = set(local.workspace.uploads.iterdir()) - before
