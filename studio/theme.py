@@ -126,7 +126,7 @@ CSS = f"""
 .live .none {{ top: 45%; left: 1rem; }}
 #actions, #remedies {{ justify-content: flex-start; align-items: flex-end; gap: .5rem; }}
 #actions > *, #remedies > * {{ flex: 0 1 auto; }}
-#actions > .form {{ min-width: 0; width: 9rem; background: none; border: 0; }}
+#actions > .form {{ flex: 0 0 9rem !important; min-width: 0 !important; background: none; border: 0; }}
 :is(#actions, #remedies):not(:has(button)) {{ display: none; }}
 #worker-log {{ margin: 0; max-height: 16rem; overflow: auto; font-size: .8rem; white-space: pre-wrap; }}
 .figure svg {{ width: 100%; height: auto; display: block; color: var(--body-text-color); }}
