@@ -54,5 +54,5 @@ from core.losses import token_losses
 from core.matrices import Factors, Layout
 from core.memory import MemoryForecast, forecast_memory
 from core.spectrum import Spectrum, random_sigma, spectrum
-from core.targets import FORMS, Injection, Target, adaptable, chosen_ranks, lora_layers, matrix_at, plan
+from core.targets import FORMS, Injection, Target, adaptable, chosen_ranks, fits_end, lora_layers, matrix_at, plan
 from core.train import Training, evaluate, train

@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from core.blocks import blocks
 from core.devices import resolve_device, resolve_devices
 from core.errors import LoRAError
 
@@ -175,21 +176,6 @@ class World:
                 "start fewer, or say auto."
             )
         return devices[place]
-
-
-def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yields the parts of a model that are passed one after another: the members of its outermost lists."""
-    for group in block_lists(module):
-        yield from group
-
-
-def block_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
-    """Yields the outermost lists of a model."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield child
-        else:
-            yield from block_lists(child)
 
 
 def is_lost(error: BaseException) -> bool:

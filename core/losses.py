@@ -4,7 +4,6 @@ Where the model allows it, a batch goes through it as one row without padding or
 from the hidden states without holding the logits. Whether it does is tried out on the model itself, on a few tokens.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from core.attention import Segments, SegmentsError
-from core.distributed import block_lists
+from core.blocks import block_lists, with_first
 from core.fusion import Fusion, linear_of
 from core.kernels import linear_cross_entropy
 from core.prefix import Prefix
@@ -131,11 +130,7 @@ def _shallow(model: nn.Module) -> nn.Module | None:
     is_exact = all(p.dtype == torch.float32 for p in parameters)
     if is_exact or any(not p.is_floating_point() or isinstance(p, DTensor) for p in parameters):
         return None
-    left_out: dict[int, Any] = {id(block): nn.Identity() for group in block_lists(model) for block in group[2:]}
-    small = copy.deepcopy(model, left_out)
-    for group in block_lists(small):
-        del group[2:]
-    return small.float()
+    return with_first(model, block_lists(model), 2).float()
 
 
 def token_losses(

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from core.blocks import block_lists, blocks, with_first
 from core.config import LoRAConfig, TrainConfig
-from core.distributed import blocks
 from core.errors import LoRAError
 from core.fusion import Fusion
 from core.inject import inject
@@ -145,15 +145,15 @@ def _activations(model: nn.Module, train: TrainConfig) -> int:
     """Returns the peak of a step's activations, from as few of the model's blocks as tell it."""
     found = _alike(model)
     if found is not None:
-        place, start, period = found
-        num = len(model.get_submodule(place))  # type: ignore[arg-type]
+        members, start, period = found
+        num = len(members)
         for times in (1, 3):
             few = start + (num - start) % period + times * period
             if few + period >= num:
                 break
             try:
                 (kept, peak), (kept_more, peak_more) = (
-                    _step(_with_first(model, place, n), train) for n in (few, few + period)
+                    _step(with_first(model, [members], n), train) for n in (few, few + period)
                 )
             except (IndexError, KeyError, ValueError, AttributeError):  # it wants all of its blocks
                 break
@@ -189,14 +189,10 @@ def _step(model: Any, train: TrainConfig) -> tuple[int, int]:
     return kept, live.peak_bytes
 
 
-def _alike(model: nn.Module) -> tuple[str, int, int] | None:
-    """Returns where a model's blocks lie, from which on they repeat, and how many make a period; None if none do."""
-    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        return None
-    place, members = max(lists, key=lambda item: len(item[1]))
-    first = next(iter(members), None)
-    if len(members) < 4 or not any(block is first for block in blocks(model)):
+def _alike(model: nn.Module) -> tuple[nn.ModuleList, int, int] | None:
+    """Returns the list of a model's blocks, from which on they repeat, and how many make a period; None if none do."""
+    members = max(block_lists(model), key=len, default=nn.ModuleList())
+    if len(members) < 4:
         return None
     said = [_signature(block) for block in members]
 
@@ -204,7 +200,7 @@ def _alike(model: nn.Module) -> tuple[str, int, int] | None:
         return next((i + 1 for i in range(len(said) - period - 1, -1, -1) if said[i] != said[i + period]), 0)
 
     period = min(range(1, 1 + len(said) // 2), key=lambda p: start_of(p) + 2 * p)
-    return place, start_of(period), period
+    return members, start_of(period), period
 
 
 def _signature(block: nn.Module) -> tuple[Any, ...]:
@@ -223,17 +219,6 @@ def _signature(block: nn.Module) -> tuple[Any, ...]:
 
 _NUMBER = re.compile(r"idx|index|layer_id|layer_number")
 """What a block calls its own number."""
-
-
-def _with_first(model: nn.Module, place: str, num: int) -> nn.Module:
-    """Returns a copy of a model that has only the first of its blocks."""
-    above, _, name = place.rpartition(".")
-    parent, members = model.get_submodule(above), model.get_submodule(place)
-    parent.register_module(name, nn.ModuleList(list(members.children())[:num]))
-    try:
-        return copy.deepcopy(model)
-    finally:
-        parent.register_module(name, members)
 
 
 class _Live(TorchDispatchMode):

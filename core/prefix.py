@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.distributed import blocks
+from core.blocks import blocks
 
 
 class _ReachedError(Exception):

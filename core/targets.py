@@ -368,6 +368,11 @@ def _output_head_path(model: nn.Module) -> str | None:
 def _by_pattern(patterns: dict[str, int] | dict[str, float], path: str, stack: str | None, default: float) -> float:
     """Returns the value of the first pattern that fits the end of `path`, or of its stack's, at a dot."""
     for pattern, value in patterns.items():
-        if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in (path, stack) if name):
+        if any(fits_end(pattern, name) for name in (path, stack) if name):
             return value
     return default
+
+
+def fits_end(pattern: str, path: str) -> bool:
+    """Says whether a name of `rank_pattern` or `alpha_pattern` is of a path: it fits its end, at a dot."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None

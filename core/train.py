@@ -9,10 +9,11 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from core.blocks import blocks
 from core.checkpoint import Checkpoint
 from core.config import TrainConfig
 from core.devices import memory_bytes, memory_source, peak_memory_bytes
-from core.distributed import World, blocks
+from core.distributed import World
 from core.errors import ExplodedGradientError, LoRAError, NonFiniteLossError
 from core.events import Evaluated, Event, Finished, Started, Step
 from core.flat import Flat

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from core import ALL_LINEAR, LoRAConfig, LoRAError, adaptable, chosen_ranks, quoted
+from core import ALL_LINEAR, LoRAConfig, LoRAError, adaptable, chosen_ranks, fits_end, quoted
 from studio.matrices import split_path
 
 NOTHING = "`target_modules` (=nothing) must name at least one matrix; click some in the Model tab's grid."
@@ -246,4 +246,4 @@ def _rank_pattern(grid: list[Cell], ranks: Ranks, r: int) -> dict[str, int]:
 def unused_ranks(config: LoRAConfig, ranks: Ranks) -> list[str]:
     """Returns the names in `rank_pattern` that fit no adapted matrix."""
     names = {name for path in ranks for name in (path, path.rpartition(".")[0])}
-    return [key for key in config.rank_pattern if not any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names)]
+    return [key for key in config.rank_pattern if not any(fits_end(key, name) for name in names)]

@@ -21,11 +21,10 @@ PAIRS = (
     (("question",), ("answer", "answers.text", "output", "response", "sql")),
     (("mr", "meaning_representation"), ("ref", "human_reference", "text", "target")),
     (("request", "user", "input", "source"), ("ticket", "assistant", "reply", "output", "target", "response")),
-    (("sentence1", "premise", "sentence", "article", "document", "dialogue"), ("label", "summary", "highlights")),
+    (("sentence", "article", "document", "dialogue"), ("label", "summary", "highlights")),
     (("text", "review"), ("label", "summary", "sentiment", "category")),
 )
 CONTEXTS = {"instruction": ("input", "instances.input"), "question": ("context",)}
-CONTEXTS |= {"sentence1": ("sentence2",), "premise": ("hypothesis",)}
 
 # Two texts and what they are to each other, as in GLUE.
 TEXT_PAIRS = (
