@@ -17,6 +17,7 @@ from studio.workspace import Workspace
 
 if TYPE_CHECKING:
     from studio.doors import Account
+    from studio.probe import Probe
     from studio.runs import Run, Runs
     from studio.specs import RunSpec
 
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--devices", type=int, metavar="N", help="so many devices train together (default: those of --device)"
     )
     plan.add_argument("--free", type=float, metavar="BYTES", help="what each device has (default: what is free now)")
+    plan.add_argument("--probe", action="store_true", help="also take a few real steps on the longest rows of the data")
     _add_spec(plan, nargs="?")
     commands_for_runs(command)
     devices = command("devices", _devices, "List the GPUs of this machine, and how much memory is free on each.")
@@ -345,9 +347,11 @@ def _plan(args: argparse.Namespace, workspace: Workspace) -> int:
     offered = []
     if made.fits is False:
         offered = [r for r in planner.fit(spec, made.free_bytes, num_devices=args.devices) if r is not None]
+    probe = _probe(spec, workspace) if args.probe else None
     if args.json:
         proposals = [{"label": r.label, "bytes": r.predicted_bytes, "cost": r.cost} for r in offered]
-        print(json.dumps(dataclasses.asdict(made) | {"fits": made.fits, "proposals": proposals}, indent=2))
+        found = {"fits": made.fits, "proposals": proposals, "probe": probe and dataclasses.asdict(probe)}
+        print(json.dumps(dataclasses.asdict(made) | found, indent=2))
         return 0
     size = made.adapter_bytes / 1e6
     print(f"Trained: {made.num_trained:,} of {made.num_parameters:,} parameters; the adapter takes {size:.1f} MB.")
@@ -361,7 +365,28 @@ def _plan(args: argparse.Namespace, workspace: Workspace) -> int:
         )
     for r in offered:
         print(f"  {r.label}: {(r.predicted_bytes or 0) / 1e9:.2f} GB; {r.cost}")
+    if probe:
+        print(
+            f"Tried on {probe.device}, {probe.num_rows} rows of up to {probe.num_tokens} tokens: "
+            f"{probe.peak_bytes / 1e9:.2f} GB at most, {probe.batch_seconds:.2f} s a batch, "
+            f"about {probe.total_seconds:,.0f} s for the run."
+        )
     return 0
+
+
+def _probe(spec: "RunSpec", workspace: Workspace) -> "Probe":
+    """Returns what a probe finds; what it does meanwhile is told beside the output."""
+    from studio import probe
+
+    probing = probe.Probing(spec, workspace)
+    try:
+        for said in probing:
+            if isinstance(said, probe.Probe):
+                return said
+            print(f"{said.message} …", file=sys.stderr)
+    finally:
+        probing.close()
+    raise LoRAError("The probe ended without a result; try again.")
 
 
 def _devices(args: argparse.Namespace, workspace: Workspace) -> int:

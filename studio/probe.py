@@ -115,13 +115,17 @@ class Probing(Iterator[Noted | Probe]):
     def close(self) -> None:
         """Ends its process and all that it started; what it held is free then."""
         self._is_closed = True
-        with suppress(OSError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.poll() is None:
+            with suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def __del__(self) -> None:
-        if hasattr(self, "_process") and self._process.poll() is None:
+        if hasattr(self, "_process"):
             self.close()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
+            self._log.close()
 
 
 def measure(spec: RunSpec, workspace: Workspace, *, full_rows: bool = False) -> Iterator[Noted | Probe]:
