@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -140,3 +141,13 @@ def test_an_expression_tells_some_layers_from_all():
     found = chosen("llama of five layers", lambda c: c.column == "self_attn.q_proj" or c.path in picked)
     some, every = r"model\.layers\.(?:0|2|4)\.mlp\.up_proj", r"model\.layers\.\d+\.self_attn\.q_proj"
     assert found == LoRAConfig(r=R, target_modules=f"{every}|{some}")
+
+
+def test_a_path_that_is_the_end_of_another_keeps_its_own_rank():
+    with torch.device("meta"):
+        model = nn.ModuleDict(
+            {"proj": nn.Linear(8, 8), "layers": nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(8, 8)})])}
+        )
+    ranks = {"proj": 5, "layers.0.proj": R}
+    found = grids.settings_for(model, grids.cells(model), ranks, LoRAConfig(r=R))
+    assert chosen_ranks(model, found) == ranks

@@ -289,3 +289,13 @@ def test_a_million_rows_stay_usable(tmp_path, tokenizer, workspace):
     assert len(shown) == 20 and preview_seconds < 1
     assert len(ready.train) + len(ready.evaluation) == 1_000_000
     assert peak - before < 1.5e6  # kilobytes
+
+
+def test_a_look_that_is_stopped_ends_after_the_batch_at_hand_and_says_what_it_has_read(tokenizer, monkeypatch):
+    monkeypatch.setattr("studio.survey.BATCH", 8)
+    found = Survey(Table("t", ("q", "a"), GOOD, []), PAIR, tokenizer, seed=0)
+    reading = found.read()
+    assert next(reading) == 8
+    found.is_stopped = True
+    assert list(reading) == [] and found.num_read == 8
+    assert list(found.read()) == [16, 20], "it can go on"
