@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from torch import nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from core import ALL_LINEAR, LoRAConfig, LoRAError, adaptable, chosen_ranks, plan
 from studio import grid as grids
