@@ -55,23 +55,26 @@ def tokens() -> Tensor:
 
 
 def decoder(name: str, **changes: Any) -> Callable[[], nn.Module]:
-    import transformers
 
     sizes = {"vocab_size": VOCABULARY, "hidden_size": D, "intermediate_size": FF, "num_hidden_layers": LAYERS}
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": 2, "max_position_embeddings": 64}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = getattr(transformers, f"{name}Config")(**{**sizes, **heads, **special, **changes})
     kind = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
-    return lambda: getattr(transformers, kind)(config)
+    return _with_its_own(name, kind, {**sizes, **heads, **special, **changes})
 
 
 def encoder(name: str, **changes: Any) -> Callable[[], nn.Module]:
-    import transformers
 
     sizes = {"hidden_size": D, "intermediate_size": FF, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
     rest = {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0, "num_labels": LABELS}
-    config = getattr(transformers, f"{name}Config")(**{**sizes, **rest, **changes})
-    return lambda: getattr(transformers, f"{name}ForSequenceClassification")(config)
+    return _with_its_own(name, f"{name}ForSequenceClassification", {**sizes, **rest, **changes})
+
+
+def _with_its_own(name: str, kind: str, settings: dict[str, Any]) -> Callable[[], nn.Module]:
+    """Returns what makes models that share no configuration: how one is prepared to train is written into its own."""
+    import transformers
+
+    return lambda: getattr(transformers, kind)(getattr(transformers, f"{name}Config")(**settings))
 
 
 def t5() -> nn.Module:

@@ -52,6 +52,11 @@ def made():
     return make
 
 
+def test_what_is_written_into_a_models_configuration_is_in_no_other_model(family):
+    family.make().config.mark = "written"
+    assert not hasattr(family.make().config, "mark")
+
+
 @torch.no_grad()
 def output(model: nn.Module, family: Family) -> torch.Tensor:
     return model(**family.inputs()).logits
