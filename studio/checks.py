@@ -39,9 +39,8 @@ def checks(survey: Survey, split: Split, max_length: int) -> list[Check]:
     whole, prompt = survey.shared(split)
     is_kept = (first >= 0) & (first < max_length)
     is_cut = is_kept & (last >= max_length)
-    empty = survey.unusable(r"` is empty$|no answer of the assistant|and is empty$")
-    unread = survey.unusable(r"`, (line|row) \d+: ")
-    other = np.setdiff1d(np.setdiff1d(survey.unusable(), empty), unread)
+    unread, empty, other = (survey.unusable(kind) for kind in ("unreadable", "empty", "useless"))
+    is_all_leaked = 0 < len(whole) == len(split.evaluation)
     choose = "They are skipped." if skips else "Mend them, or choose to skip bad rows."
     blocks = not skips or nothing_left
     return [
@@ -57,7 +56,11 @@ def checks(survey: Survey, split: Split, max_length: int) -> list[Check]:
         Check(
             "Same row in training and evaluation",
             whole,
-            "The held-out loss then measures memory. Remove them from one side.",
+            "All that is held out is also trained on, so its loss would measure memory alone. "
+            "Choose other evaluation data" + ("." if survey.table.eval_rows else ", or set the share held out to 0.")
+            if is_all_leaked
+            else "The held-out loss then measures memory. Remove them from one side.",
+            is_all_leaked,
         ),
         Check(
             "Same prompt in training and evaluation",

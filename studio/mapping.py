@@ -38,10 +38,19 @@ TEXT_PAIRS = (
 LABELS = ("label", "gold_label", "quality", "is_duplicate", "score", "similarity")
 
 Message = dict[str, str]
+RowFault = Literal["unreadable", "empty", "useless"]
 
 
 class RowError(LoRAError):
-    """One row cannot be trained on; the message says why, without the row's number."""
+    """One row cannot be trained on; the message says why, without the row's number.
+
+    Attributes:
+        kind: Whether it could not be read, lacks its words, or has some of which nothing can be learnt.
+    """
+
+    def __init__(self, message: str, kind: RowFault = "useless") -> None:
+        super().__init__(message)
+        self.kind: RowFault = kind
 
 
 @dataclass(frozen=True)
@@ -200,7 +209,7 @@ def to_messages(row: Row, spec: DataSpec) -> list[Message] | str:
         RowError: The row could not be read, or lacks what it should hold.
     """
     if isinstance(row, BadRow):
-        raise RowError(row.reason)
+        raise RowError(row.reason, "unreadable")
     if spec.layout == "text":
         return _filled(row, spec.text)
     if spec.layout == "messages":
@@ -249,7 +258,7 @@ def _question(row: Row, spec: DataSpec) -> Message:
 def _filled(row: Row, column: str) -> str:
     text = _cell(row, column)
     if not text.strip():
-        raise RowError(f"`{column}` is empty")
+        raise RowError(f"`{column}` is empty", "empty")
     return text
 
 
@@ -286,11 +295,12 @@ def _parse_messages(value: Any, column: str) -> list[Message]:
         except (ValueError, RecursionError) as error:
             raise RowError(f"`{column}` is not valid JSON ({error})") from error
     if not isinstance(value, list) or not value:
-        raise RowError(f"`{column}` must be a list of messages" + ("" if value else ", and is empty"))
+        must = f"`{column}` must be a list of messages"
+        raise RowError(must) if value else RowError(f"{must}, and is empty", "empty")
     messages = [_parse_message(m, f"message {i} of `{column}`", column) for i, m in enumerate(value, start=1)]
     roles = [m["role"] for m in messages if m["role"] != "system"]
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise RowError(f"`{column}` has no answer of the assistant to train on")
+        raise RowError(f"`{column}` has no answer of the assistant to train on", "empty")
     if roles[0] != "user":
         raise RowError(f"`{column}` begins with the {roles[0]}; the user must speak first")
     return messages

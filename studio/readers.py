@@ -6,12 +6,12 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.errors import LoRAError
-from studio.rows import BadRow, JSONLines, Row, kind_of, parse_object
+from studio.rows import OBJECT, BadRow, JSONLines, Row, kind_of, parse_object
 
 MAX_BYTES = 200_000_000
 MAX_LINES_BYTES = 20_000_000_000  # of JSON lines, which stay on the disk
@@ -19,6 +19,7 @@ MAX_UNPACKED_BYTES = 1_000_000_000
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "valid", "val", "dev", "eval", "test")
 LINES = (".jsonl", ".ndjson")
+PROSE = (".txt", ".text", ".md")
 KINDS = ".jsonl, .json, .csv, .tsv, .parquet or .txt"
 
 
@@ -40,13 +41,10 @@ def read_rows(path: Path, notes: list[str]) -> tuple[Sequence[Row], Sequence[Row
         return _read_parquet(path), []
     if ending in LINES and head[:2] not in (b"\xff\xfe", b"\xfe\xff") and _first_letter(path) not in ("[", ""):
         return JSONLines(path), []
-    text = _decode(path)
-    if ending == ".csv":
-        return _read_csv(path, text, notes), []
-    if ending in (".tsv", ".tab"):
-        return _read_tsv(path, text, notes), []
-    if ending in (".txt", ".text", ".md"):
-        return _read_text(text), []
+    readers = {".csv": _read_csv, ".tsv": _read_tsv, ".tab": _read_tsv} | dict.fromkeys(PROSE, _read_text)
+    text = _decode(path, errors="surrogateescape" if ending in readers else "strict")
+    if ending in readers:
+        return readers[ending](path, text, notes), []
     if ending in (".json", ".jsonl", ".ndjson") or text.lstrip()[:1] in ("{", "["):
         return _read_json(path, text, ending)
     raise LoRAError(f"`{path.name}` must end in {KINDS}; save it in one of these forms and choose it again.")
@@ -87,7 +85,8 @@ def _first_letter(path: Path) -> str:
     return "" if b"\0" in head else start
 
 
-def _decode(path: Path) -> str:
+def _decode(path: Path, errors: str) -> str:
+    """Returns a file's text; with `errors` surrogateescape, bytes that are not UTF-8 are in it as half characters."""
     raw = path.read_bytes()
     encoding = "utf-8-sig"
     for mark, name in ((b"\xff\xfe\0\0", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
@@ -99,7 +98,7 @@ def _decode(path: Path) -> str:
             f"`{path.name}` is not a text file (a zero byte at byte {at + 1}); save it as {KINDS} in UTF-8."
         )
     try:
-        text = raw.decode(encoding)
+        text = raw.decode(encoding, errors if encoding == "utf-8-sig" else "strict")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         shown = "UTF-8" if encoding == "utf-8-sig" else encoding.upper()
@@ -154,7 +153,8 @@ def _objects(path: Path, values: list[Any]) -> list[Row]:
         value
         if isinstance(value, dict)
         else BadRow(
-            f'`{path.name}`, row {i}: must be an object like {{"prompt": "…", "completion": "…"}}, not {kind_of(value)}'
+            f"`{path.name}`, row {i}: must be {OBJECT}, not {kind_of(value)}",
+            json.dumps(value),
         )
         for i, value in enumerate(values, start=1)
     ]
@@ -163,7 +163,7 @@ def _objects(path: Path, values: list[Any]) -> list[Row]:
 def _read_csv(path: Path, text: str, notes: list[str]) -> list[Row]:
     first = text.lstrip("\r\n").splitlines()[0]
     delimiter = next((d for d in ",;\t" if d in first), ",")
-    return _cells_to_rows(path, _quoted_cells(path, text, delimiter), notes)
+    return _cells_to_rows(path, text, _quoted_cells(path, text, delimiter), delimiter, notes)
 
 
 def _quoted_cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
@@ -193,29 +193,22 @@ def _read_tsv(path: Path, text: str, notes: list[str]) -> list[Row]:
         records.insert(0, (0, [f"col{i}" for i in range(1, len(header) + 1)]))
         notes.append(f"`{path.name}` has no header; its columns are called col1 to col{len(header)}.")
     try:
-        return _cells_to_rows(path, records, notes)
+        return _cells_to_rows(path, text, records, "\t", notes)
     except LoRAError as unquoted:
         try:
-            return _cells_to_rows(path, _quoted_cells(path, text, "\t"), notes)
+            return _cells_to_rows(path, text, _quoted_cells(path, text, "\t"), "\t", notes)
         except LoRAError:
             raise unquoted from None
 
 
-def _cells_to_rows(path: Path, records: list[tuple[int, list[str]]], notes: list[str]) -> list[Row]:
+def _cells_to_rows(
+    path: Path, text: str, records: list[tuple[int, list[str]]], delimiter: str, notes: list[str]
+) -> list[Row]:
+    bad_bytes = _BadBytes(path, text)
     line, header = records[0]
-    header = [name.strip() for name in header]
-    # What pandas writes for its index.
-    if header[0] == "" and len(header) > 1:
-        header[0] = "index"
-    seen: set[str] = set()
-    for i, name in enumerate(header):
-        if not name:
-            raise LoRAError(
-                f"`{path.name}`, line {line}: column {i + 1} of the header has no name; name it or remove it."
-            )
-        if name in seen:
-            raise LoRAError(f"`{path.name}`, line {line}: the header has two columns {name!r}; rename one of them.")
-        seen.add(name)
+    if spoilt := bad_bytes.first_of(header):
+        raise LoRAError(f"`{path.name}`, line {spoilt.line}: {spoilt}; save it as UTF-8 and choose it again.")
+    header = _checked_header(path, line, header)
     long = [number for number, cells in records if len(cells) > len(header)]
     if 2 * len(long) >= len(records) - 1 > 0 and long:
         cells = next(c for number, c in records if number == long[0])
@@ -229,21 +222,109 @@ def _cells_to_rows(path: Path, records: list[tuple[int, list[str]]], notes: list
             f"`{path.name}`, line {short[0]}: has fewer fields than the header ({len(short)} of {len(records) - 1} "
             "rows are like this); the missing ones are empty."
         )
-    return [
-        BadRow(f"`{path.name}`, line {number}: has {len(cells)} fields, but the header has {len(header)}")
-        if len(cells) > len(header)
-        else dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True))
-        for number, cells in records[1:]
-    ]
+    rows: list[Row] = []
+    for number, cells in records[1:]:
+        spoilt, surplus = bad_bytes.first_of(cells), cells[len(header) :]
+        row = dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=False))
+        if surplus:  # most likely of a field without quotes that holds the separator
+            row[header[-1]] = delimiter.join([row[header[-1]], *surplus])
+            reason = f"line {number}: has {len(cells)} fields, but the header has {len(header)}"
+            rows.append(BadRow(f"`{path.name}`, {reason}", _as_json(row)))
+        elif spoilt:
+            reason = f"line {spoilt.line}, field `{header[spoilt.cell]}`: {spoilt}"
+            rows.append(BadRow(f"`{path.name}`, {reason}", _as_json(row)))
+        else:
+            rows.append(row)
+    notes += bad_bytes.notes()
+    return rows
 
 
-def _read_text(text: str) -> list[Row]:
+def _checked_header(path: Path, line: int, cells: list[str]) -> list[str]:
+    header = [name.strip() for name in cells]
+    # What pandas writes for its index.
+    if header[0] == "" and len(header) > 1:
+        header[0] = "index"
+    seen: set[str] = set()
+    for i, name in enumerate(header):
+        if not name:
+            raise LoRAError(
+                f"`{path.name}`, line {line}: column {i + 1} of the header has no name; name it or remove it."
+            )
+        if name in seen:
+            raise LoRAError(f"`{path.name}`, line {line}: the header has two columns {name!r}; rename one of them.")
+        seen.add(name)
+    return header
+
+
+def _read_text(path: Path, text: str, notes: list[str]) -> list[Row]:
     """Returns the paragraphs between blank lines, or the lines where there is no blank line."""
+    bad_bytes = _BadBytes(path, text)
     text = text.replace("\r\n", "\n").replace("\r", "\n").strip("\n")
     parts = re.split(r"\n(?:[ \t]*\n)+", text)
     if len(parts) == 1:
         parts = text.split("\n")
-    return [{"text": part.rstrip()} for part in parts if part.strip()]
+    rows: list[Row] = []
+    for part in parts:
+        row = {"text": part.rstrip()}
+        if spoilt := bad_bytes.first_of([part]):
+            rows.append(BadRow(f"`{path.name}`, line {spoilt.line}, field `text`: {spoilt}", _as_json(row)))
+        elif row["text"]:
+            rows.append(row)
+    notes += bad_bytes.notes()
+    return rows
+
+
+class _BadByte(NamedTuple):
+    """A byte that is not UTF-8: which of the cells asked for holds it, from 0, and its line and byte, from 1."""
+
+    cell: int
+    line: int
+    byte: int
+
+    def __str__(self) -> str:
+        return f"byte {self.byte} is not UTF-8"
+
+
+class _BadBytes:
+    """The bytes of a file that are not UTF-8; in its text they are half characters, and its cells hold all of them."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._name, self._places = path.name, _places_of_bad_bytes(path, text)
+        self._are_any, self._num_rows = _HALF.search(text) is not None, 0
+
+    def first_of(self, cells: Sequence[str]) -> _BadByte | None:
+        """Returns the first in these cells, which are asked for in the order in which they stand in the file."""
+        if not self._are_any:
+            return None
+        found = [_BadByte(i, *next(self._places)) for i, cell in enumerate(cells) for _ in _HALF.findall(cell)]
+        self._num_rows += bool(found)
+        return found[0] if found else None
+
+    def notes(self) -> list[str]:
+        """Returns a sentence on them, where there are any."""
+        rows = f"{self._num_rows:,} row" + ("" if self._num_rows == 1 else "s")
+        words = f"`{self._name}` has bytes that are not UTF-8 in {rows}; "
+        return [words + "if all of it has another encoding, save it as UTF-8."] if self._num_rows else []
+
+
+_HALF = re.compile("[\udc80-\udcff]")
+_LINE_END = re.compile("\r\n?|\n")
+
+
+def _places_of_bad_bytes(path: Path, text: str) -> Iterator[tuple[int, int]]:
+    line, byte, begin = 1, 0, 0
+    for found in _HALF.finditer(text):
+        # A mark at the beginning of the file is not in its text.
+        byte = byte or path.stat().st_size - len(text.encode(errors="surrogateescape")) + 1
+        between = text[begin : found.start()]
+        line, byte = line + len(_LINE_END.findall(between)), byte + len(between.encode(errors="surrogateescape"))
+        yield line, byte
+        begin = found.start()
+
+
+def _as_json(row: Any) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _read_parquet(path: Path) -> list[Row]:

@@ -16,6 +16,7 @@ import orjson
 Row = dict[str, Any]
 
 CHUNK_BYTES = 1 << 24
+OBJECT = 'an object like {"prompt": "…", "completion": "…"}'
 
 
 class BadRow(Row):
@@ -23,14 +24,13 @@ class BadRow(Row):
 
     Attributes:
         reason: File, line and what is wrong there.
-        text: How what stands there begins.
+        text: What stands there, as JSON where its fields are known; bytes that are no text are \ufffd in it.
     """
 
     def __init__(self, reason: str, text: bytes | str = "") -> None:
         super().__init__()
         self.reason = reason
-        begin = text[:1000]
-        self.text = begin if isinstance(begin, str) else begin.decode(errors="replace")
+        self.text = text if isinstance(text, str) else text.decode(errors="replace")
 
 
 class JSONLines(Sequence[Row]):
@@ -97,8 +97,7 @@ def parse_object(line: bytes | str, name: str, number: int) -> Row:
     except ValueError:
         return BadRow(f"`{name}`, line {number}: is not valid JSON (a number that is too long)", line)
     if not isinstance(value, dict):
-        wanted = 'an object like {"prompt": "…", "completion": "…"}'
-        return BadRow(f"`{name}`, line {number}: must be {wanted}, not {kind_of(value)}", line)
+        return BadRow(f"`{name}`, line {number}: must be {OBJECT}, not {kind_of(value)}", line)
     return value
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from studio.mapping import DataSpec, Message, RowError, check_spec, to_messages
+from studio.mapping import DataSpec, Message, RowError, RowFault, check_spec, to_messages
 from studio.rendering import IGNORED, Example, Piece, beyond, end_tokens, render, tokenize_pieces
 from studio.rows import Row
 from studio.tables import Table
@@ -101,7 +101,7 @@ class Survey:
         self.num_first, self.num_taken = len(first), len(first) + len(second)
         self.num_tokens, self.first, self.last, self.flags = (array("i") for _ in range(4))
         self._reason = array("i")
-        self._reasons: dict[str, int] = {}
+        self._reasons: dict[tuple[RowFault, str], int] = {}
         self._prompt, self._row = array("q"), array("q")
         self.is_stopped = False
         self.labels: Counter[str] | None = Counter() if spec.layout == "pair" else None
@@ -168,7 +168,7 @@ class Survey:
 
     def _add(self, place: int, found: Example | RowError) -> None:
         if isinstance(found, RowError):
-            self._reason.append(self._reasons.setdefault(str(found), len(self._reasons)))
+            self._reason.append(self._reasons.setdefault((found.kind, str(found)), len(self._reasons)))
             for numbers, none in ((self.num_tokens, 0), (self.first, -1), (self.last, -1)):
                 numbers.append(none)
             return
@@ -206,14 +206,13 @@ class Survey:
         """Returns why a row cannot be used at this cut-off; "" where it can."""
         code = self._reason[place]
         if code >= 0:
-            return next(reason for reason, number in self._reasons.items() if number == code)
+            return next(reason for (_, reason), number in self._reasons.items() if number == code)
         return beyond(self.first[place], max_length) if self.first[place] >= max_length else ""
 
-    def unusable(self, like: str = "") -> np.ndarray:
-        """Returns the places of rows that no cut-off makes usable; with `like`, those whose reason matches it."""
-        codes = np.asarray(self._reason)
-        wanted = [code for reason, code in self._reasons.items() if re.search(like, reason)]
-        return np.flatnonzero(np.isin(codes, wanted))
+    def unusable(self, kind: RowFault) -> np.ndarray:
+        """Returns the places of rows that no cut-off makes usable, for a reason of this kind."""
+        wanted = [code for (of, _), code in self._reasons.items() if of == kind]
+        return np.flatnonzero(np.isin(np.asarray(self._reason), wanted))
 
     def flagged(self, flag: int) -> np.ndarray:
         """Returns the places of rows that have a flag."""

@@ -511,7 +511,7 @@ def test_rows_that_all_have_one_prompt_are_split_all_the_same(source, tokenizer,
 
 
 def test_the_data_set_s_own_evaluation_rows_are_used_and_capped(source, tokenizer, workspace):
-    path = source({"train": rows_of(30), "test": rows_of(20, extra="x")})
+    path = source({"train": rows_of(30), "test": rows_of(50)[30:]})
     train, evaluation, report, _ = ready(path, tokenizer, workspace, max_eval_rows=5, eval_fraction=0)
     assert (len(train), len(evaluation), report.num_rows, report.num_unused) == (30, 5, 50, 15)
 
@@ -520,7 +520,8 @@ def test_rows_that_cannot_be_used_are_skipped_with_their_number_and_reason(sourc
     rows = rows_of(6)
     rows[1]["a"] = ""
     rows[4]["q"] = "long " * 200
-    train, evaluation, report, _ = ready(source({"train": rows, "test": rows[:2]}), tokenizer, workspace)
+    path = source({"train": rows, "test": [*rows_of(7)[6:], rows[1]]})
+    train, evaluation, report, _ = ready(path, tokenizer, workspace)
     assert [number for number, _ in report.skipped] == [2, 5, 2]
     assert report.skipped[0][1] == "`a` is empty"
     assert "answer begins at token 202; raise `max_length` (=100)" in report.skipped[1][1]
@@ -542,7 +543,7 @@ def test_cut_rows_are_counted_and_told(source, tokenizer, workspace):
 
 def test_what_was_odd_about_the_file_is_told(tmp_path, tokenizer, workspace):
     path = tmp_path / "rows.csv"
-    path.write_text("q,a,note\nx,y,z\nx,y\n")
+    path.write_text("q,a,note\nx,y,z\nu,v\n")
     sentences = ready(str(path), tokenizer, workspace).report.sentences()
     assert "rows.csv`, line 3: has fewer fields" in sentences[-1]
 

@@ -84,6 +84,25 @@ def test_what_stands_on_both_sides_is_found(tokenizer):
     }
 
 
+def test_held_out_rows_that_are_all_trained_on_stop_a_run_and_fewer_do_not(tmp_path, tokenizer, workspace):
+    for name, rows in (("train", GOOD), ("leaked", GOOD[:3]), ("partly", [*GOOD[:3], {"q": "new", "a": "new"}])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    spec = dataclasses.replace(PAIR, source=str(tmp_path / "train.json"))
+    settings = {"max_length": 100, "seed": 0, "workspace": workspace}
+    leaked = dataclasses.replace(spec, eval_source=str(tmp_path / "leaked.json"))
+    with pytest.raises(LoRAError, match=r"Same row in training and evaluation: 3 rows\. All that is held out is also"):
+        prepare(leaked, tokenizer, **settings)
+    assert len(prepare(dataclasses.replace(leaked, eval_source=""), tokenizer, **settings).evaluation) == 2
+    partly = dataclasses.replace(spec, eval_source=str(tmp_path / "partly.json"))
+    assert len(prepare(partly, tokenizer, **settings).evaluation) == 4
+
+
+def test_why_a_row_cannot_be_used_is_not_told_by_the_words_of_the_reason():
+    template = "{% for m in messages %}{% if loop.index == 2 %}{{ raise_exception('`x`, line 1: `a` is empty') }}"
+    tokenizer = byte_tokenizer(template + "{% endif %}{{ m.content }}<e>{% endfor %}")
+    assert found_in(survey_of(GOOD[:1], tokenizer)) == {"Nothing to train on": [0]}
+
+
 def test_labels_out_of_balance_are_told_with_their_shares(tokenizer):
     rows = [{"q": f"row {i}", "a": "yes" if i % 20 else "no"} for i in range(100)]
     found = survey_of(rows, tokenizer)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from core.errors import LoRAError
 from studio import readers, tables
+from studio.rows import BadRow
 from studio.tables import list_starters, read_table, save_upload
 from studio.workspace import Workspace
 
@@ -194,11 +195,12 @@ BAD = [
     ("bom_only.txt", b"\xef\xbb\xbf", r"`bom_only.txt` is empty \(only white space\)"),
     ("picture.txt", b"\x89PNG\r\n\x1a\n\0\0", r"`picture.txt` is not a text file \(a zero byte at byte 9\); save it"),
     (
-        "latin.csv",
-        "a,b\nok,ok\ncaf\u00e9,x\n".encode("latin-1"),
-        r"`latin.csv`, line 3: byte 14 is not UTF-8; save it as",
+        "header.csv",
+        "caf\u00e9,b\nok,ok\n".encode("latin-1"),
+        r"`header.csv`, line 1: byte 4 is not UTF-8; save it as",
     ),
-    ("half.txt", "\u65e5\u672c".encode()[:-1], r"`half.txt`, line 1: byte 4 is not UTF-8"),
+    ("half.txt", "\u65e5\u672c".encode()[:-1], r"`half.txt`, line 1, field `text`: byte 4 is not UTF-8; 1 of 1 lines"),
+    ("latin.json", '[{"a": "caf\u00e9"}]'.encode("latin-1"), r"`latin.json`, line 1: byte 12 is not UTF-8; save it as"),
     ("half16.txt", "ab".encode("utf-16")[:-1], r"`half16.txt`, line 1: byte 5 is not UTF-16"),
     ("book.xlsx", "PK something", r"`book.xlsx` must end in .jsonl, .json, .csv, .tsv, .parquet or .txt; save it"),
     ("none", "plain words", r"`none` must end in .jsonl"),
@@ -244,6 +246,41 @@ def test_a_bad_file_gives_one_sentence_with_place_and_next_step(name, content, m
         read_table(put(name, content), workspace)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")
+
+
+SPOILT = b"caf\xe9 d\xe9"
+SPOILT_FILES = {
+    "plain.csv": (b"a,b\nx,y\nx," + SPOILT + b"\nz,y\n", 3, "b"),
+    "crlf.csv": (b"a,b\r\nx,y\r\n" + SPOILT + b",x\r\nz,y\r\n", 3, "a"),
+    "bom.csv": (b"\xef\xbb\xbfa,b\nx,\xc3\xa9\n" + SPOILT + b",\xc3\xa9\nz,y\n", 3, "a"),
+    "quoted.csv": (b'a,b\nx,"y\ny"\n"x\n' + SPOILT + b'",x\nz,y\n', 5, "a"),
+    "a.tsv": (b"a\tb\n\nx\ty\nx\t" + SPOILT + b"\nz\ty\n", 4, "b"),
+    "lines.txt": (b"one\n" + SPOILT + b"\nthree\n", 2, "text"),
+    "parts.txt": (b"\n\none\r\none\r\n\r\nx\r\n" + SPOILT + b"\r\n\r\nthree\r\n", 7, "text"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT_FILES)
+def test_a_byte_that_is_no_text_spoils_its_row_alone_and_is_named_by_file_line_field_and_byte(name, put, workspace):
+    content, line, column = SPOILT_FILES[name]
+    table = read_table(put(name, content), workspace)
+    before, row, after = table.rows
+    assert not isinstance(before, BadRow) and not isinstance(after, BadRow)
+    byte = content.index(SPOILT) + 4
+    assert row.reason == f"`{name}`, line {line}, field `{column}`: byte {byte} is not UTF-8"
+    assert "caf\ufffd d\ufffd" in json.loads(row.text)[column]
+    assert table.problems == (
+        f"`{name}` has bytes that are not UTF-8 in 1 row; if all of it has another encoding, save it as UTF-8.",
+    )
+
+
+def test_every_spoilt_row_has_its_own_place(put, workspace):
+    content = b"a,b\n" + b"".join(b"row %d,%s\n" % (i, b"\xff\xfe\xfd"[: i % 4]) for i in range(40))
+    rows = read_table(put("a.csv", content), workspace).rows
+    for i, row in enumerate(rows):
+        byte = content.index(b"row %d," % i) + len(b"row %d," % i) + 1
+        spoilt = f"`a.csv`, line {i + 2}, field `b`: byte {byte} is not UTF-8" if i % 4 else ""
+        assert getattr(row, "reason", "") == spoilt
 
 
 @pytest.mark.parametrize(
