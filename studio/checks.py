@@ -22,12 +22,14 @@ class Check:
         places: Of the rows that have it, in the survey's arrays.
         advice: What it means and what to do, one sentence or two.
         stops: Whether training on it would waste the run.
+        warns: Whether it is a fault.
     """
 
     title: str
     places: np.ndarray
     advice: str
     stops: bool = False
+    warns: bool = True
 
 
 def checks(survey: Survey, split: Split, max_length: int) -> list[Check]:
@@ -93,6 +95,12 @@ def checks(survey: Survey, split: Split, max_length: int) -> list[Check]:
             "Such as Ã© for é: the file was once read as Latin-1. Save it as UTF-8 from its source.",
         ),
         Check("Turns without words", survey.flagged(HOLLOW), "Some messages are empty; the template shows them so."),
+        Check(
+            "Mended by hand",
+            survey.mended(),
+            "They are read as they were mended; the file itself is as it was.",
+            warns=False,
+        ),
         _balance(survey),
     ]
 

@@ -77,12 +77,14 @@ __all__ = [
 class PrepareReport:
     """What became of the rows.
 
-    num_rows = num_train + num_evaluation + len(skipped) + num_unused. Token counts are over train and evaluation rows.
+    num_rows = num_train + num_evaluation + len(skipped) + num_unused; num_mended are of the first two. Token
+    counts are over train and evaluation rows.
 
     Attributes:
         num_rows: All rows of the data set, its own evaluation rows included.
         num_train: Rows to train on.
         num_evaluation: Rows held out.
+        num_mended: Rows of both that are as a person mended them.
         num_unused: Rows left out by `max_rows` and `max_eval_rows`.
         num_cut_rows: Kept rows that were longer than `max_length`.
         num_cut_tokens: Tokens cut from them.
@@ -95,6 +97,7 @@ class PrepareReport:
     num_rows: int
     num_train: int
     num_evaluation: int
+    num_mended: int
     num_unused: int
     num_cut_rows: int
     num_cut_tokens: int
@@ -107,6 +110,7 @@ class PrepareReport:
         """Returns the report as a few lines for people."""
         lines = [
             f"{_rows(self.num_rows)}: {self.num_train:,} to train on, {self.num_evaluation:,} held out"
+            + (f" ({self.num_mended:,} of them mended)" if self.num_mended else "")
             + (f", {len(self.skipped):,} skipped" if self.skipped else "")
             + (f", {self.num_unused:,} left out by the limits on rows" if self.num_unused else "")
             + ".",
@@ -213,6 +217,7 @@ def report_of(survey: Survey, split: Split, max_length: int) -> PrepareReport:
         num_rows=num_rows,
         num_train=len(split.train),
         num_evaluation=len(split.evaluation),
+        num_mended=len(np.intersect1d(survey.mended(), kept)),
         num_unused=num_rows - survey.num_taken,
         num_cut_rows=int((over > 0).sum()),
         num_cut_tokens=int(over.sum()),

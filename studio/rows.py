@@ -5,7 +5,7 @@ import os
 import weakref
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -112,11 +112,44 @@ class Chain(Sequence[Row]):
     def __init__(self, parts: Sequence[tuple[str, Sequence[Row]]], unfolded: Sequence[str] = ()) -> None:
         """Joins parts, each with its file's name; `unfolded` are the columns of objects."""
         self._parts, self._unfolded = list(parts), tuple(unfolded)
+        self._source, self._part, self._mended = "", "", dict[int, Row]()
         self._ends = list(accumulate(len(rows) for _, rows in self._parts))
 
     def unfold(self, columns: Sequence[str]) -> "Chain":
         """Returns the same rows with the objects of `columns` as columns of their own: `instances.output`."""
         return Chain(self._parts, (*self._unfolded, *columns))
+
+    def mend(self, source: str, part: str, mended: Mapping[int, Row]) -> "Chain":
+        """Returns the rows of one source with some of them mended: place → what is read there."""
+        chain = Chain(self._parts, self._unfolded)
+        chain._source, chain._part, chain._mended = source, part, dict(mended)
+        return chain
+
+    def home(self, place: int) -> tuple[str, str, int]:
+        """Returns the source that a row comes from, and which of its rows, as it was told by `mend`."""
+        part, inner = self._find(place)
+        rows = self._parts[part][1]
+        return (self._source, self._part, place) if self._source or not isinstance(rows, Chain) else rows.home(inner)
+
+    def in_file(self, place: int) -> Row:
+        """Returns a row as it stands in its file, mended or not."""
+        part, inner = self._find(place)
+        rows = self._parts[part][1]
+        row = rows.in_file(inner) if isinstance(rows, Chain) else rows[inner]
+        for column in self._unfolded:
+            if column in row:
+                row = _spread(row, column)
+        return row
+
+    def mended(self) -> list[int]:
+        """Returns the places of the rows that are mended, in order."""
+        inner = (
+            end - len(rows) + place
+            for (_, rows), end in zip(self._parts, self._ends, strict=True)
+            if isinstance(rows, Chain)
+            for place in rows.mended()
+        )
+        return sorted({*self._mended, *inner})
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -130,8 +163,10 @@ class Chain(Sequence[Row]):
     def __getitem__(self, place):  # type: ignore[no-untyped-def, override]
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
-        part, place = self._find(place)
-        row = self._parts[part][1][place]
+        part, inner = self._find(place)
+        if (mended := self._mended.get(place % len(self))) is not None:
+            return mended
+        row = self._parts[part][1][inner]
         for column in self._unfolded:
             if column in row:
                 row = _spread(row, column)

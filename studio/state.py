@@ -20,7 +20,7 @@ from studio.history import Shown
 from studio.model_files import STARTER
 from studio.runs import Run, Runs
 from studio.specs import RunSpec
-from studio.tables import Table, read_table, split_source
+from studio.tables import Table, mends_of, read_table, split_source
 from studio.workspace import Workspace
 
 log = logging.getLogger("studio")
@@ -73,7 +73,7 @@ class Studio:
             if one.partition(":")[0] not in ("starter", "hub"):
                 self._check_place("source", one)
             path = Path(one)
-            changed.append(path.stat().st_mtime_ns if path.is_file() else 0)
+            changed += [path.stat().st_mtime_ns if path.is_file() else 0, mends_of(one, self.workspace).content()]
         key = (source, eval_source, *changed)
         return self._keep("table", key, lambda: read_table(source, self.workspace, eval_source))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from studio.mapping import DataSpec, Message, RowError, RowFault, check_spec, to_messages
+from studio.mends import Home
 from studio.rendering import IGNORED, Example, Piece, beyond, end_tokens, render, tokenize_pieces
 from studio.rows import Row
 from studio.tables import Table
@@ -193,6 +194,20 @@ class Survey:
     def where(self, place: int) -> str:
         """Returns the file that a row stands in, and its line or its number there."""
         return self.table.where(int(self._numbers[place]), place >= self.num_first)
+
+    def home(self, place: int) -> Home | None:
+        """Returns where a row comes from; None where it is of no source."""
+        return self.table.home(int(self._numbers[place]), place >= self.num_first)
+
+    def in_file(self, place: int) -> Row:
+        """Returns a row as it stands in its file, mended or not."""
+        return self.table.in_file(int(self._numbers[place]), place >= self.num_first)
+
+    def mended(self) -> np.ndarray:
+        """Returns the places of rows that were mended by hand, of those that are read."""
+        first, second = (self.table.mended(is_held_out) for is_held_out in (False, True))
+        found = np.isin(self._numbers[: self.num_first], first), np.isin(self._numbers[self.num_first :], second)
+        return np.flatnonzero(np.concatenate(found)[: self.num_read])
 
     def row(self, place: int) -> Row:
         """Returns a row itself."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import LoRAError
+from studio.mends import Home, Mends, digest_of
 from studio.readers import EVAL_NAMES, TRAIN_NAMES, check_file, names_of, read_rows
 from studio.rows import BadRow, Chain, Row, only_object
 from studio.workspace import ASSETS, Workspace
@@ -32,7 +33,7 @@ class Table:
     Attributes:
         name: A short name for people.
         columns: All column names, in order of first appearance. A row may lack some of them.
-        rows: The rows to train on; what could not be read is a `BadRow`.
+        rows: The rows to train on, as they were mended; what could not be read is a `BadRow`.
         eval_rows: Rows that the source itself keeps for evaluation; may be empty.
         problems: What was odd but readable, one sentence each.
     """
@@ -47,6 +48,21 @@ class Table:
         """Returns the file that a row stands in, and its line or its number there; "" where it is of no file."""
         rows = self.eval_rows if is_held_out else self.rows
         return rows.where(place) if isinstance(rows, Chain) else ""
+
+    def home(self, place: int, is_held_out: bool) -> Home | None:
+        """Returns where a row comes from; None where it is of no source."""
+        rows = self.eval_rows if is_held_out else self.rows
+        return Home(*rows.home(place)) if isinstance(rows, Chain) else None
+
+    def in_file(self, place: int, is_held_out: bool) -> Row:
+        """Returns a row as it stands in its file, mended or not."""
+        rows = self.eval_rows if is_held_out else self.rows
+        return rows.in_file(place) if isinstance(rows, Chain) else rows[place]
+
+    def mended(self, is_held_out: bool) -> list[int]:
+        """Returns the places of the rows that are mended."""
+        rows = self.eval_rows if is_held_out else self.rows
+        return rows.mended() if isinstance(rows, Chain) else []
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,8 @@ def read_table(source: str | Path, workspace: Workspace, eval_source: str = "") 
 def fingerprint(source: str, workspace: Workspace, table: Table) -> dict[str, str]:
     """Returns source -> SHA-256 of each part of `source`: of a file's bytes; of a Hub set's rows, as JSON.
 
+    What is mended of it counts too.
+
     Args:
         source: As `read_table` takes it.
         workspace: Where uploads lie.
@@ -131,8 +149,15 @@ def fingerprint(source: str, workspace: Workspace, table: Table) -> dict[str, st
                 with path.open("rb") as file:
                     while block := file.read(1 << 20):
                         digest.update(block)
+        digest.update(mends_of(one, workspace).content())
         found[one] = digest.hexdigest()
     return found
+
+
+def mends_of(source: str, workspace: Workspace) -> Mends:
+    """Returns what is mended of one source."""
+    is_file = source.partition(":")[0] not in ("starter", "hub")
+    return Mends(locate(source, workspace) if is_file else source, workspace)
 
 
 def split_source(source: str | Path) -> list[str]:
@@ -159,6 +184,22 @@ def _join(parts: Sequence[Table]) -> Table:
 
 
 def _read(source: str, workspace: Workspace) -> Table:
+    table = _read_unmended(source, workspace)
+    mends = mends_of(source, workspace).list()
+    chosen, num_stale = {}, len(mends)
+    for part in ("rows", "eval_rows"):
+        chain: Chain = getattr(table, part)
+        here = [mend for mend in mends if mend.part == part and mend.place < len(chain)]
+        fitting = {mend.place: mend.row for mend in here if digest_of(chain.in_file(mend.place)) == mend.was}
+        chosen[part], num_stale = chain.mend(source, part, fitting), num_stale - len(fitting)
+    problems = table.problems
+    if num_stale:
+        rows = "1 mended row fits" if num_stale == 1 else f"{num_stale:,} mended rows fit"
+        problems += (f"{rows} no row of {table.name} any more, for the file has changed; the file's own are read.",)
+    return replace(table, problems=problems, **chosen)
+
+
+def _read_unmended(source: str, workspace: Workspace) -> Table:
     kind, _, rest = source.partition(":")
     if kind == "starter":
         return _read_starter(rest)

@@ -14,7 +14,7 @@ from studio.forms import Form
 from studio.palette import ADAPTED
 from studio.state import Studio
 from studio.tables import Table, list_starters, save_upload
-from studio.tabs import inspect
+from studio.tabs import inspect, mend
 from studio.tabs.inspect import verify as verify
 
 NONE = "(none)"
@@ -143,6 +143,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
             row_facts = gr.HTML()
             part = inspect.draw()
             max_length = part.max_length
+            editor = mend.draw()
             gr.Markdown("### First rows as they are in the file")
             table_view = gr.Dataframe(
                 interactive=False, wrap=True, max_height=420, label="Rows", show_label=False, elem_id="preview"
@@ -238,6 +239,22 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
         if look is not None:
             look.survey.is_stopped = True  # it ends after the batch at hand, and says so
 
+    def open_row(look: Any, longest: Any, chosen: str | None, event: gr.SelectData) -> list[Any]:
+        place = inspect.pressed(look, longest, chosen or "", event.row_value)
+        return mend.show(None if place is None else mend.Opened(look, place), longest)
+
+    def save_mend(opened: Any, text: str, longest: Any) -> list[Any]:
+        mend.save(studio, opened, text, longest)
+        return mend.show(None)
+
+    def undo_mend(opened: Any) -> list[Any]:
+        mend.undo(studio, opened)
+        return mend.show(None)
+
+    def undo_mends(opened: Any) -> list[Any]:
+        mend.undo_all(studio, opened)
+        return mend.show(None)
+
     def move(longest: Any, event: gr.EventData) -> Any:
         return max(1, int(event.cut))
 
@@ -287,4 +304,17 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     max_length.change(None, max_length, None, js=inspect.FOLLOW, api_visibility="private")
     max_length.change(studio.guard(show), seen, part.shown, queue=False, **last)
     part.chosen.input(studio.guard(show), seen, part.shown, queue=False, **last)
+
+    part.rows.select(studio.guard(open_row), seen, editor.shown, **quiet)
+    closed = lambda: mend.show(None)  # noqa: E731
+    gr.on([editor.close.click, part.chosen.input, *changed], closed, None, editor.shown, queue=False, **quiet)
+    for event in was_read:
+        event.success(closed, None, editor.shown, **quiet)
+    for event in (
+        editor.save.click(studio.guard(save_mend), [editor.opened, editor.text, max_length], editor.shown, **quiet),
+        editor.undo.click(studio.guard(undo_mend), editor.opened, editor.shown, **quiet),
+        editor.undo_all.click(studio.guard(undo_mends), editor.opened, editor.shown, **quiet),
+    ):
+        event.success(show_row, row_inputs, [tokens, row_facts], **quiet)
+        event.success(studio.guard(survey_unasked), survey_inputs, survey_outputs, **last)
     return DataTab(inputs, form, max_length, part.look)

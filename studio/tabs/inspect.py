@@ -192,14 +192,26 @@ def list_rows(found: Survey, asked: list[data.Check], max_length: int, chosen: s
         text = row.text if isinstance(row, BadRow) else text
         text = text.encode(errors="replace").decode()
         text = text if len(text) <= TEXT_LIMIT else text[: TEXT_LIMIT - 1] + "…"
-        rows.append([f"{found.number(place):,}", found.where(place), f"{reason}\n{text}" if reason else text])
-    words = check.advice
+        rows.append([*_name(found, place), f"{reason}\n{text}" if reason else text])
+    words = f"{check.advice} Press a row to mend it" + (" anew or to undo that." if not check.warns else ".")
     if len(check.places) > LISTED_ROWS:
         words += f" The first {LISTED_ROWS} of {len(check.places):,} rows:"
     return [
-        theme.said(words, "error" if check.stops else "warn"),
+        theme.said(words, "error" if check.stops else "warn" if check.warns else ""),
         gr.Dataframe({"headers": HEADER, "data": rows}, visible=True),
     ]
+
+
+def pressed(look: Look, longest: Any, chosen: str, row: list[Any]) -> int | None:
+    """Returns the place of a row of the list, whatever the order that the person gave it."""
+    found, max_length = look.survey, TrainConfig(max_length=longest).max_length
+    asked = data.checks(found, found.split(max_length), max_length)
+    places = next((c.places for c in asked if c.title == chosen), np.empty(0, np.int64))[:LISTED_ROWS].tolist()
+    return next((place for place in places if _name(found, place) == row[:2]), None)
+
+
+def _name(found: Survey, place: int) -> list[str]:
+    return [f"{found.number(place):,}", found.where(place)]
 
 
 def _line(check: data.Check) -> str:
@@ -215,11 +227,11 @@ def _verdict(look: Look, report: data.PrepareReport, asked: list[data.Check]) ->
         lines.append(reason)
     if look.is_done:
         lines += report.sentences()[:2]
-    clean = [c.title.lower() for c in asked if not len(c.places) and not c.advice.startswith("Labels")]
+    clean = [c.title.lower() for c in asked if c.warns and not len(c.places) and not c.advice.startswith("Labels")]
     lines += [c.advice for c in asked if c.advice.startswith("Labels")]
     if clean:
         lines.append(f"None of: {', '.join(clean)}.")
-    warns = any(len(c.places) for c in asked)
+    warns = any(len(c.places) for c in asked if c.warns)
     return theme.said(lines, "error" if reason else "warn" if warns else "good")
 
 
