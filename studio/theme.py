@@ -122,6 +122,7 @@ CSS = f"""
 #cut-off input {{ display: block; width: calc(100% - 4.3rem + 1rem); margin: 0 0 0 calc(3.2rem - .5rem);
   accent-color: var(--adapted); cursor: ew-resize; }}
 .said.good {{ border-color: #2e7d4f; }} .dark .said.good {{ border-color: #6cc393; }}
+:is(#survey-progress, #advice):not(:has(.progress, .said)) {{ display: none; }}
 .stacked .wrap {{ flex-direction: column; align-items: stretch; gap: .35rem; }}
 .live .none {{ top: 45%; left: 1rem; }}
 #actions, #remedies {{ justify-content: flex-start; align-items: flex-end; gap: .5rem; }}

@@ -94,6 +94,37 @@ def test_a_check_lists_its_rows_and_start_is_refused_with_the_reason(page, uploa
     wait_for(page, "#verdict", "1 skipped")
 
 
+def test_a_bad_row_is_mended_on_the_page_and_the_mend_is_undone(page, upload):
+    rows = [{"prompt": f"Say {i}.", "completion": f"It is {i}."} for i in range(30)]
+    upload("mend.jsonl", '{"prompt": "cut\n' + "".join(json.dumps(row) + "\n" for row in rows))
+    page.locator("#checks").get_by_text("Rows that cannot be read · 1").click()
+    cell = page.locator("#found .body-cell:visible", has_text="is not valid JSON")
+    cell.click()
+    wait_for(page, "#mend-facts", "Row 1, mend.jsonl, line 1")
+    box = page.locator("#mend-text textarea")
+    assert box.input_value() == '{"prompt": "cut'
+    box.fill('{"prompt": "Say it.", "completion": " "}')
+    page.locator("#mend-save").click()
+    page.wait_for_selector(".toast-body >> text=still cannot be used: `completion` is empty", timeout=WAIT)
+    page.keyboard.press("Escape")
+    box.fill('{"prompt": "Say it.", "completion": "Said, <b>again</b>."}')
+    page.locator("#mend-save").click()
+    wait_for(page, "#verdict", "(1 of them mended)")
+    assert "cannot be used" not in page.locator("#verdict").inner_text()
+    box.wait_for(state="hidden")
+    page.locator("#checks").get_by_text("Mended by hand · 1").click()
+    page.locator("#found .body-cell:visible", has_text="Said, <b>again</b>.").click()
+    wait_for(page, "#mend-facts", "mended")
+    page.locator("#mend-undo").click()
+    wait_for(page, "#verdict", "1 row of mend.jsonl cannot be used")
+
+
+def test_nothing_stands_above_the_button_that_checks_all_rows(page):
+    title = page.get_by_role("heading", name="All rows, before a step is taken").bounding_box()
+    button = page.locator("#check-rows").bounding_box()
+    assert button["y"] - title["y"] - title["height"] < 30
+
+
 def test_a_long_look_tells_how_far_it_is_and_can_be_cancelled(page, upload):
     row = json.dumps({"prompt": "Say it.", "completion": "A sentence that goes on for a while. " * 8}) + "\n"
     upload("long.jsonl", row * 60_000)
