@@ -251,6 +251,8 @@ DORA = replace(ONE, magnitudes={"a": torch.ones(7)})
         (lambda: truncate(ONE, rank=1, energy=0.5), r"must be given, and not both"),
         (lambda: truncate(ONE, rank=0), r"`rank` \(=0\) must be at least 1"),
         (lambda: truncate(ONE, energy=1.5), r"`share` \(=1.5\) must be above 0 and at most 1"),
+        (lambda: DORA.with_factors(ONE.factors), r"must not be one of DoRA's"),
+        (lambda: ONE.with_factors({}), r"`factors` must hold at least one matrix"),
         (lambda: truncate(DORA, rank=1), r"DoRA's: its ΔW is not of low rank"),
     ],
 )
