@@ -5,6 +5,7 @@ from core.algebra import Truncation, difference, distance, equal, inner_product,
 from core.attention import Segments, SegmentsError, causal_attention
 from core.bank import AdapterBank
 from core.checkpoint import Checkpoint
+from core.comparison import Comparison, MatrixComparison, Overlap, compare
 from core.config import ALL_LINEAR, LoRAConfig, TrainConfig
 from core.declarations import Config, Setting, read_json, setting, settings
 from core.devices import (

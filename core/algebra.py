@@ -68,11 +68,7 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapt
     for by_path, w in zip(_check_shapes(adapters), weights, strict=True):
         for path, found in by_path.items():
             all_terms.setdefault(path, []).extend((f, w) for f in found)
-    factors = {}
-    for path, terms in all_terms.items():
-        scaling = terms[0][0].scaling
-        B = [f.B if w * f.scaling == scaling else f.B * (w * f.scaling / scaling) for f, w in terms]
-        factors[path] = Factors(torch.cat([f.A for f, _ in terms]), torch.cat(B, 1), scaling, terms[0][0].layout)
+    factors = {path: _stacked(terms) for path, terms in all_terms.items()}
     names = {adapter.base_model for adapter in adapters}
     return Adapter(config_for(factors), factors, names.pop() if len(names) == 1 else None)
 
@@ -258,6 +254,26 @@ def equal(first: Adapter, second: Adapter, *, tolerance: float = 1e-6) -> bool:
         <= tolerance * max(float(t.double().norm()), float(yours[name].double().norm()))
         for name, t in mine.items()
     )
+
+
+def aligned(adapters: Sequence[Adapter]) -> list[dict[str, Factors]]:
+    """Returns of each adapter path → its update there, by paths that mean the same in all.
+
+    Slices of a projection that another adapter has whole are one update of it.
+
+    Raises:
+        LoRAError: Matrices of one path differ in shape, or an adapter is one of DoRA's.
+    """
+    return [{path: _stacked([(f, 1.0) for f in found]) for path, found in of.items()} for of in _check_shapes(adapters)]
+
+
+def _stacked(terms: Sequence[tuple[Factors, float]]) -> Factors:
+    """Returns Σ weight · ΔW of updates of one matrix, their factors side by side."""
+    (first, weight), *others = terms
+    if weight == 1 and not others:
+        return first
+    B = [f.B if w * f.scaling == first.scaling else f.B * (w * f.scaling / first.scaling) for f, w in terms]
+    return Factors(torch.cat([f.A for f, _ in terms]), torch.cat(B, 1), first.scaling, first.layout)
 
 
 def _norm(terms: Sequence[tuple[Factors, float]]) -> float:
