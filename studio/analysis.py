@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -81,7 +82,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     form = spectrum.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
     form.add_argument("--csv", action="store_true", help="print CSV, a line a matrix")
-    form.add_argument("--figures", metavar="DIR", type=Path, help="write figures as PNG and SVG")
+    form.add_argument("--figures", metavar="DIR", type=Path, help="write figures as PNG")
     beside = add(
         "compare", _compare, "Say what two adapters of one model share, and what adding them would do.", "A", "B"
     )
@@ -134,7 +135,7 @@ def told(items: Iterable[T], total: int, doing: str) -> Iterator[T]:
 
 
 def rows_of(adapter: Adapter, found: Mapping[str, Spectrum]) -> dict[str, dict[str, Any]]:
-    """Returns path → what is known of ΔW there from its factors alone."""
+    """Returns path → what is known of ΔW there from its factors alone, layer by layer."""
     return {
         path: {
             "out_features": f.shape[0],
@@ -149,8 +150,13 @@ def rows_of(adapter: Adapter, found: Mapping[str, Spectrum]) -> dict[str, dict[s
             "directions_for_90_percent": found[path].rank_for_energy(0.9),
             "sigma": found[path].sigma.tolist(),
         }
-        for path, f in adapter.factors.items()
+        for path, f in sorted(adapter.factors.items(), key=lambda item: in_order(item[0]))
     }
+
+
+def in_order(path: str) -> list[tuple[int, str]]:
+    """Returns a key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path)]
 
 
 def beside_weights(
@@ -268,9 +274,8 @@ def _draw(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
-            for ending in (".png", ".svg"):
-                written.append(folder / f"{name}{ending}")
-                save_figure(figure, written[-1])
+            written.append(folder / f"{name}.png")
+            save_figure(figure, written[-1])
     except OSError as error:
         raise LoRAError(f"`--figures` (={str(folder)!r}) must be a folder that can be written ({error}).") from error
     return written
@@ -282,7 +287,7 @@ def _compare(args: argparse.Namespace, workspace: Workspace) -> int:
     first, second = (open_adapter(name, workspace, scaling=args.scaling, parts=args.parts) for name in (args.a, args.b))
     found = compare(first.adapter, second.adapter)
     rows: dict[str, dict[str, Any]] = {}
-    for path, m in found.matrices.items():
+    for path, m in sorted(found.matrices.items(), key=lambda item: in_order(item[0])):
         rows[path] = _overlap_row(m.overlap) | {"ranks": m.ranks}
         i, j = (min(args.rank or rank, rank) - 1 for rank in m.ranks)
         for side in ("left", "right"):
