@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core import Factors, LoRAError, Spectrum, random_sigma, spectrum
+from core import Factors, LoRAError, Spectrum, random_sigma, spectra, spectrum
 
 SHAPES = [(40, 24, 4), (24, 40, 4), (16, 16, 16), (30, 20, 1), (1, 9, 1), (9, 1, 1), (5, 7, 9), (12, 6, 8)]
 
@@ -60,6 +60,8 @@ def test_small_sigma_survive_factors_of_very_unequal_columns():
     G = torch.diag(torch.logspace(-3, 3, 7, dtype=torch.float64))
     skewed = Factors(torch.linalg.solve(G, factors.A), factors.B @ G, 1.0)
     torch.testing.assert_close(spectrum(skewed).sigma, expected, rtol=1e-5, atol=0)
+    other_way = Factors(G @ factors.A, torch.linalg.solve(G, factors.B, left=False), 1.0)
+    torch.testing.assert_close(spectrum(other_way).sigma, expected, rtol=1e-5, atol=0)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -256,3 +258,45 @@ def test_a_spectrum_keeps_what_it_is_given():
     assert found.norm == pytest.approx(math.sqrt(5))
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.sigma = torch.ones(2)
+
+
+def test_participation_ratio_counts_equal_directions_and_is_that_of_its_formula():
+    assert spectrum(with_sigma([3.0] * 5)).participation_ratio == pytest.approx(5, rel=1e-12)
+    assert spectrum(with_sigma([2.0, 1.0])).participation_ratio == pytest.approx(25 / 17, rel=1e-12)
+    assert spectrum(Factors(normal(2, 5), torch.zeros(6, 2), 1.0)).participation_ratio == 0
+
+
+def test_many_spectra_at_once_are_those_of_each_alone(monkeypatch):
+    monkeypatch.setitem(spectra.__globals__, "BATCH_NUMEL", 4 * 64 * 3)  # three of the first shape at a time
+    factors = {f"{i}.{j}": gaussian(m, n, r, seed=i) for i in range(5) for j, (m, n, r) in enumerate(SHAPES)}
+    factors["zero"] = Factors(normal(4, 24), torch.zeros(40, 4), 1.0)
+    factors["low"] = Factors(factors["0.0"].A.bfloat16(), factors["0.0"].B.bfloat16(), 3.0)
+    found = spectra(factors)
+    assert list(found) == list(factors)
+    for path, f in factors.items():
+        alone = spectrum(f)
+        torch.testing.assert_close(found[path].sigma, alone.sigma, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found[path].U, alone.U, rtol=0, atol=1e-12)
+    assert found["zero"].rank == 0 and spectra({}) == {}
+    factors["4.0"].B[0, 0] = math.nan
+    with pytest.raises(LoRAError, match="`factors` must be finite"):
+        spectra(factors)
+
+
+def test_a_spectrum_stays_as_it_was_when_its_factors_train_on():
+    factors = gaussian(20, 30, 4)
+    found, U = spectrum(factors), spectrum(factors).U
+    factors.B.zero_()
+    assert torch.equal(found.U, U)
+
+
+def test_what_is_left_when_terms_cancel_is_no_direction():
+    """An adapter less itself, and B·A − B0·A0 of one that started from W's own directions."""
+    one = gaussian(40, 24, 4)
+    both = Factors(torch.cat([one.A, one.A]), torch.cat([one.B, -one.B], 1), 1e5)
+    assert spectrum(both).sigma.tolist() == [0.0] * 8
+    moved = one.B + 1e-9 * normal(40, 4, seed=3)
+    small = spectrum(Factors(torch.cat([one.A, one.A]), torch.cat([moved, -one.B], 1), 1.0))
+    assert small.rank == 4 and small.sigma[4:].tolist() == [0.0] * 4
+    exact = torch.linalg.svdvals((moved - one.B) @ one.A)[:4]
+    torch.testing.assert_close(small.sigma[:4], exact, rtol=1e-4, atol=0)
