@@ -40,7 +40,7 @@ CSS = f"""
   line-height: 1; color: var(--body-text-color-subdued); }}
 .memory .tick:first-of-type {{ transform: none; }}
 .memory .lane {{ position: relative; }}
-.memory .mark {{ position: absolute; top: -.2rem; bottom: -.2rem; border-left: 2px solid var(--body-text-color); }}
+.memory .mark {{ position: absolute; top: -.1rem; bottom: -.2rem; border-left: 2px solid var(--body-text-color); }}
 .memory .mark.all {{ border-left-style: dashed; }}
 .memory .has {{ display: flex; flex-wrap: wrap; gap: .1rem 1.25rem; margin: 1.5rem 0 .5rem !important;
   font-size: .85rem; }}

@@ -219,9 +219,9 @@ def wire(
     def take_steps(asked: Asked, spec: RunSpec, values: list[Any]) -> Iterator[str]:
         asked.probing = probing = Probing(spec, studio.workspace)
         try:
-            for number, said in enumerate(probing):
+            for number, said in enumerate(probing, 1):
                 if isinstance(said, Noted):
-                    yield going(min(number, 1 + NUM_STEPS), said.message)
+                    yield going(number, said.message)
                 else:
                     measured = compared(said, spec)
                     asked.measured = measured, values
@@ -298,7 +298,9 @@ def wire(
 
     def take(place: int, asked: Asked, *now: Any) -> list[Any]:
         if asked.spec is None or place >= len(asked.offered):
-            raise LoRAError("The settings have changed since; press Fit it for me again.")
+            raise LoRAError(
+                "The proposals must be looked for again, as the settings have changed since; press Fit it for me."
+            )
         wanted = changes(asked.offered[place], asked.spec)
         kept = {*wanted, *(CHOICE if "pattern" in wanted else ())}
         asked.before = {name: value for name, value in zip(names, now, strict=True) if name in kept}
