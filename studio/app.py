@@ -133,9 +133,7 @@ def _wire(
     page.load(studio.guard(opened), None, run_id, **quiet)
     gr.on([page.load, train_page.select], studio.guard(train.gpu_choices), None, train_tab.gpus, **quiet)
     last: dict[str, Any] = {"trigger_mode": "always_last"}  # of ticks that follow fast, none is lost
-    of_gpus = train_tab.gpus.input(
-        studio.guard(train.device_of), train_tab.gpus, train_tab.device, queue=False, **last, **quiet
-    )
+    train_tab.gpus.input(studio.guard(train.device_of), train_tab.gpus, train_tab.device, queue=False, **last, **quiet)
     run_id.change(studio.guard(show), run_id, [head, *train_tab.controls], queue=False, **quiet)
     changed = [run_id, *train_tab.controls]
     head.turned(studio.guard(turned), run_id, changed, queue=False, **quiet)
@@ -158,8 +156,7 @@ def _wire(
         inputs,
         read,
         {**settings, "max_length": data_tab.max_length, **model_tab.choice},
-        typed=[train_page.select, *(widget.input for widget in train_tab.form.widgets)],
-        filled_in=[of_gpus],
+        changed=[train_page.select, *(widget.change for widget in train_tab.form.widgets)],
         start=train_tab.start,
         redraw=model_tab.redraw,
     )

@@ -169,8 +169,7 @@ def wire(
     read: Callable[..., RunSpec],
     fields: dict[str, Any],
     *,
-    typed: Sequence[Any],
-    filled_in: Sequence[Any],
+    changed: Sequence[Any],
     start: Any,
     redraw: Callable[[Any], Any],
 ) -> None:
@@ -182,8 +181,7 @@ def wire(
         inputs: All that says what the run will be.
         read: From their values to the run; with `rows` False the rows need not be chosen yet.
         fields: Name → component, of what a proposal may change.
-        typed: Triggers after which to look at the form.
-        filled_in: Events that fill in a part of it, and do not trigger those.
+        changed: Triggers after which to look at the form.
         start: The button that starts the run; a probe ends then.
         redraw: Lets a choice of matrices be drawn anew after an event, and returns the event after that.
     """
@@ -316,15 +314,15 @@ def wire(
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     asking, bars_shown = [part.asked, part.free, *inputs], [part.view, part.fitting, *part.offers]
-    gr.on([*typed, part.free.input], forecast, asking, bars_shown, trigger_mode="multiple", **quiet)
+    gr.on([*changed, part.free.change], forecast, asking, bars_shown, trigger_mode="multiple", **quiet)
     components = list(fields.values())
     taken = [
         offer.click(named(take, place), [part.asked, *components], [part.undo, *components], **quiet)
         for place, offer in enumerate(part.offers)
     ]
     taken.append(part.undo.click(studio.guard(undo), part.asked, [part.undo, *components], **quiet))
-    for event in (*filled_in, *(redraw(event) for event in taken)):
-        event.then(forecast, asking, bars_shown, **quiet)
+    for event in taken:
+        redraw(event).then(forecast, asking, bars_shown, **quiet)
     told = [part.progress, part.probe, part.beside, part.cancel, part.view]
     for button, is_alone in ((part.probe, True), (part.beside, False)):
         button.click(named(probe, is_alone), asking, told, **quiet)

@@ -45,8 +45,7 @@ class Page:
                 inputs,
                 self.read,
                 dict(zip(self.names, inputs, strict=True)),
-                typed=[w.input for w in self.form.widgets],
-                filled_in=[],
+                changed=[w.change for w in self.form.widgets],
                 start=start,
                 redraw=lambda event: event,
             )
