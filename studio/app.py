@@ -5,6 +5,7 @@ import logging
 import shutil
 import webbrowser
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -13,11 +14,12 @@ from starlette.middleware import Middleware
 
 from core import LoRAError, TrainConfig, resolve_device
 from studio import doors, jobs, theme, watch
+from studio.data import DataSpec
 from studio.remedies import remedies
 from studio.runs import Run
 from studio.specs import RunSpec
 from studio.state import Studio
-from studio.tabs import chat, data, model, runs, spectrum, train
+from studio.tabs import chat, data, forecast, model, runs, spectrum, train
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -67,6 +69,7 @@ def _wire(
     train_page: Any,
 ) -> None:
     num_model, num_data = len(model_tab.inputs), len(data_tab.inputs)
+    inputs = [*model_tab.inputs, *data_tab.inputs, data_tab.max_length, *train_tab.form.widgets]
 
     def opened(request: gr.Request) -> Any:
         listed = studio.runs.list()
@@ -91,14 +94,17 @@ def _wire(
     def show(run: str | None) -> list[Any]:
         return [gr.HTML(run=run), *controls(run)]
 
-    def begin(name: str, sweep: str, look: Any, *values: Any) -> Any:
+    def read(*values: Any, rows: bool = True) -> RunSpec:
         chosen, lora = model.parse(model_tab.form, list(values[:num_model]))
-        rows = data.parse(data_tab.form, list(values[num_model : num_model + num_data]))
+        read_rows = data.parse(data_tab.form, list(values[num_model : num_model + num_data])) if rows else DataSpec()
         longest, *rest = values[num_model + num_data :]
         settings = TrainConfig.from_dict(train_tab.form.values(rest) | {"max_length": longest})
-        data.verify(look, chosen, rows, settings.max_length)
-        spec = RunSpec(name.strip() or "Untitled", chosen, rows, lora, settings)
-        return runs.picker(studio, studio.start(spec, sweep))
+        return RunSpec("Untitled", chosen, read_rows, lora, settings)
+
+    def begin(name: str, sweep: str, look: Any, *values: Any) -> Any:
+        spec = read(*values)
+        data.verify(look, spec.model, spec.data, spec.train.max_length)
+        return runs.picker(studio, studio.start(replace(spec, name=name.strip() or spec.name), sweep))
 
     def act(name: str) -> Any:
         def done(run: str | None, num_further: Any) -> list[Any]:
@@ -137,14 +143,22 @@ def _wire(
             train_tab.name,
             train_tab.sweep,
             data_tab.look,
-            *model_tab.inputs,
-            *data_tab.inputs,
-            data_tab.max_length,
-            *train_tab.form.widgets,
+            *inputs,
         ],
         run_id,
         api_visibility="private",
         show_progress="minimal",
+    )
+    settings = dict(zip(train_tab.form.names, train_tab.form.widgets, strict=True))
+    forecast.wire(
+        studio,
+        train_tab.forecast,
+        inputs,
+        read,
+        {**settings, "max_length": data_tab.max_length, **model_tab.choice},
+        changed=[train_page.select, *(widget.change for widget in train_tab.form.widgets)],
+        start=train_tab.start,
+        redraw=model_tab.redraw,
     )
     for name, button in train_tab.actions.items():
         button.click(act(name), [run_id, train_tab.num_further], changed, queue=False, **quiet)

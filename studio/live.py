@@ -121,6 +121,18 @@ def thin(points: Sequence[Point] | np.ndarray) -> list[Point]:
     return [(x, y) for x, y in table.tolist()]
 
 
+def duration(seconds: float) -> str:
+    """Returns a length of time in words: 45 s, 3 min 20 s, 2 h 5 min."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Returns round numbers from `low` to `high`, evenly spaced, at most one more than `most`."""
     rough = (high - low) / most

@@ -8,7 +8,8 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import count
@@ -19,11 +20,13 @@ from torch import nn
 
 from core import (
     FRAMEWORK_BYTES,
+    LoRAConfig,
     LoRAError,
     MemoryForecast,
     device_memory,
     forecast_memory,
     plan,
+    quoted,
     resolve_devices,
     resolve_dtype,
 )
@@ -35,6 +38,10 @@ from studio.workspace import Workspace, write_whole
 log = logging.getLogger("studio.planner")
 
 MOST_FORECASTS, MOST_PROPOSALS = 40, 4
+MOST_KEPT = 500
+
+_forecasting = threading.Lock()
+"""Held while shapes go through a model: two at once would take from each other, and from a training."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Plan:
         adapter_bytes: Of the adapter's file, float32.
         lora: Of one device.
         full: The same step with every weight trained in the weights' type, by Adam with float32 moments.
-        free_bytes, total_bytes: Of one device; 0 where nobody says.
+        free_bytes, total_bytes: Of the device that has the least; 0 where nobody says.
     """
 
     device: str
@@ -81,6 +88,8 @@ class Planner:
         """
         self._workspace = workspace
         self._skeleton = skeleton or models.skeleton(model, workspace, needs_weights=False)
+        self._model = model
+        self._known: dict[str, MemoryForecast] = {}
 
     def plan(self, spec: RunSpec, *, num_devices: int | None = None, free_bytes: int | None = None) -> Plan:
         """Returns what a run would take.
@@ -97,7 +106,7 @@ class Planner:
         number = num_devices or len(devices)
         if number < 1:
             raise LoRAError(f"`devices` (={number}) must be at least 1.")
-        free, total = device_memory(devices[0])
+        free, total = room(devices)
         injection = plan(self._skeleton, spec.lora)
         lora = self.forecast(spec, num_devices=number)
         return Plan(
@@ -116,19 +125,41 @@ class Planner:
     def forecast(self, spec: RunSpec, *, num_devices: int | None = None, full: bool = False) -> MemoryForecast:
         """Returns what each of a run's devices would hold at its peak, the libraries' share included.
 
+        What was asked before is answered at once.
+
         Raises:
-            LoRAError: The settings do not fit the model, or the device is not there.
+            LoRAError: The settings do not fit the model, the device is not there, or the model wants values.
         """
         devices = resolve_devices(spec.train.device)
-        found = forecast_memory(
-            self._skeleton,
-            None if full else spec.lora,
-            spec.train,
-            resolve_dtype(spec.train.precision, devices[0]),
-            prepare=setup.preparation(spec),
-            num_devices=num_devices or len(devices),
-        )
-        return replace(found, framework=framework_share(devices[0], self._workspace))
+        lora = None if full else spec.lora
+        key = json.dumps([lora and lora.to_dict(), spec.train.to_dict(), num_devices])
+        with _forecasting:
+            if key not in self._known:
+                if len(self._known) >= MOST_KEPT:
+                    self._known.clear()
+                self._known[key] = self._forecast(spec, lora, devices, num_devices)
+            return replace(self._known[key], framework=framework_share(devices[0], self._workspace))
+
+    def _forecast(
+        self, spec: RunSpec, lora: LoRAConfig | None, devices: Sequence[torch.device], num_devices: int | None
+    ) -> MemoryForecast:
+        try:
+            return forecast_memory(
+                self._skeleton,
+                lora,
+                spec.train,
+                resolve_dtype(spec.train.precision, devices[0]),
+                prepare=setup.preparation(spec),
+                num_devices=num_devices or len(devices),
+            )
+        except LoRAError:
+            raise
+        except Exception as error:  # code of a model that does not run on shapes alone
+            log.exception("The memory of %s could not be forecast", self._model)
+            raise LoRAError(
+                f"`model` (={quoted(self._model)}) must run on shapes alone for a forecast of its memory, and does not "
+                f"({type(error).__name__}); a probe measures it."
+            ) from error
 
     def fit(self, spec: RunSpec, free_bytes: int, *, num_devices: int | None = None) -> Iterator[Remedy | None]:
         """Yields a few changes, or several at once, after which a run fits, the cheapest in time first.
@@ -184,6 +215,15 @@ class _Way(NamedTuple):
         cost = "; ".join(step.cost for step in self.steps.values())
         names = ",".join(self.steps)
         return Remedy(names, label, self.spec, total, self.relative_time, self.trains_less, cost)
+
+
+def room(devices: Sequence[torch.device]) -> tuple[int, int]:
+    """Returns (free_bytes, total_bytes) that each of the devices has: of the one with the least.
+
+    What is named several times, as in cpu,cpu, is shared.
+    """
+    shares = [tuple(size // devices.count(device) for size in device_memory(device)) for device in devices]
+    return min((free, total) for free, total in shares)
 
 
 def framework_share(device: torch.device, workspace: Workspace) -> int:

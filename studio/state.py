@@ -18,6 +18,7 @@ from studio import data, hub, jobs, models, sweeps
 from studio.chat import Engine
 from studio.history import Shown
 from studio.model_files import STARTER
+from studio.planner import Planner
 from studio.runs import Run, Runs
 from studio.specs import RunSpec
 from studio.tables import Table, mends_of, read_table, split_source
@@ -61,6 +62,10 @@ class Studio:
     def skeleton(self, model: str) -> nn.Module:
         """Returns the model's tree of modules on the meta device."""
         return self._keep("skeleton", model, lambda: models.skeleton(model, self.workspace))
+
+    def planner(self, model: str) -> Planner:
+        """Returns what forecasts the memory of runs of a model."""
+        return self._keep("planner", model, lambda: Planner(model, self.workspace, self.skeleton(model)))
 
     def table(self, source: str, eval_source: str = "") -> Table:
         """Returns a data set's rows, read anew when a file of it has changed.

@@ -4,7 +4,7 @@ from html import escape
 
 from gradio.themes import Base, Color, colors, sizes
 
-from studio import grid_page
+from studio import bars, grid_page
 from studio.palette import ADAPTED, BASE
 
 _ORANGE = Color(
@@ -144,7 +144,15 @@ table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600;
 .pane-base {{ border-top: 3px solid var(--base) !important; }}
 .pane-adapter, .pane-merged {{ border-top: 3px solid var(--adapted) !important; }}
 .engine textarea {{ font-size: .8rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }}
-{grid_page.CSS}"""
+#fit-row {{ align-items: flex-end; gap: .5rem; }}
+#fit-row > button {{ flex: 0 1 auto; }}
+:is(#probe-progress, #fitting):not(:has(.said, .progress)) {{ display: none; }}
+#offers {{ gap: .4rem; }}
+#offers:not(:has(button)) {{ display: none; }}
+#offers button:not(.hidden) {{ display: block; white-space: pre-line; text-align: left; font-weight: 400;
+  line-height: 1.35; }}
+#offers button::first-line {{ font-weight: 600; }}
+{bars.CSS}{grid_page.CSS}"""
 
 
 def facts(pairs: list[tuple[str, str]]) -> str:

@@ -1,6 +1,6 @@
 """Model: which base, which matrices, what rank; and what that costs, before anything is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +40,15 @@ class ModelTab:
         model: State: the name of the model that was looked at.
         inputs: The components whose values `parse` takes.
         form: The LoRA settings.
+        choice: Name → component, of what says which matrices are adapted: preset, names, pattern.
+        redraw: Lets the grid follow them after an event that filled them in; returns the event after that.
     """
 
     model: gr.State
     inputs: list[Any]
     form: Form
+    choice: dict[str, Any]
+    redraw: Callable[[Any], Any]
 
 
 def parse(form: Form, values: list[Any]) -> tuple[str, LoRAConfig]:
@@ -317,7 +321,11 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
     cells.typed(show, inputs, drawn, queue=False, **last, **quiet)
     names.input(tick, [cells, *inputs], [cells, *choice, cost], queue=False, **last, **quiet)
     cells.edited(edited, [cells, *inputs], [*choice, cost], queue=False, **last, **quiet)
-    return ModelTab(model, inputs, form)
+
+    def redraw(event: Any) -> Any:
+        return event.then(show, inputs, drawn, **quiet)
+
+    return ModelTab(model, inputs, form, {"preset": preset, "names": names, "pattern": pattern}, redraw)
 
 
 CHOICE = ("exclude_modules", "layers", "rank_pattern")

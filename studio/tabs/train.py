@@ -1,6 +1,5 @@
 """Train: settings and Start, what a run is doing, live, and what can be done with it."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from studio import jobs, live, theme
 from studio.checkpoints import best
 from studio.event_log import EventLog
 from studio.forms import Form
+from studio.live import duration
 from studio.palette import ADAPTED, ADAPTED_SOFT
 from studio.remedies import remedies
 from studio.runs import Run, Runs
+from studio.tabs import forecast
 
 ACTIONS = ("resume", "pause", "stop", "kill", "earlier", "later", "further")
 """What can be done with a run, in the order of the buttons."""
@@ -47,6 +48,7 @@ class TrainTab:
         remedies: Buttons for what may help a run that failed.
         num_further: How many steps to train further.
         gpus: The choice of several GPUs.
+        forecast: What a run will take before it is begun.
     """
 
     start: Any
@@ -57,6 +59,7 @@ class TrainTab:
     remedies: list[Any]
     num_further: Any
     gpus: Any
+    forecast: forecast.Part
 
     @property
     def device(self) -> Any:
@@ -250,18 +253,6 @@ def seconds_left(run: Run) -> float:
     return max(0.0, (run.spec.train.steps - recent[-1].step) * mean - min(since, mean))
 
 
-def duration(seconds: float) -> str:
-    """Returns a length of time in words: 45 s, 3 min 20 s, 2 h 5 min."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def build() -> TrainTab:
     """Draws the tab; `app` wires it, as Start needs the other tabs' settings."""
     with gr.Row(equal_height=False):
@@ -286,6 +277,7 @@ def build() -> TrainTab:
                 visible=False,
                 elem_id="gpus",
             )
+            part = forecast.draw()
             start = gr.Button("Start training", variant="primary", elem_id="start")
         with gr.Column(scale=7, min_width=320):
             gr.HTML('<div id="status"></div>')
@@ -311,7 +303,7 @@ def build() -> TrainTab:
             gr.HTML('<div id="charts"></div>')
             with gr.Accordion("Worker's log", open=False):
                 gr.HTML('<pre id="worker-log"></pre>')
-    return TrainTab(start, name, sweep, form, buttons, helpful, number, chosen)
+    return TrainTab(start, name, sweep, form, buttons, helpful, number, chosen, part)
 
 
 def gpu_choices() -> Any:
