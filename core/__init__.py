@@ -4,6 +4,7 @@ from core.adapter import Adapter
 from core.algebra import Truncation, difference, distance, equal, inner_product, norm, truncate, weighted_sum
 from core.attention import Segments, SegmentsError, causal_attention
 from core.bank import AdapterBank
+from core.certificate import Certificate, certify
 from core.checkpoint import Checkpoint
 from core.comparison import Comparison, MatrixComparison, Overlap, compare
 from core.config import ALL_LINEAR, LoRAConfig, TrainConfig
