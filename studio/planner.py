@@ -6,6 +6,7 @@ All of it comes from the model's config: no weight is read.
 import heapq
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from core import (
     resolve_dtype,
 )
 from studio import models, setup
+from studio.jobs import ENVIRONMENT
 from studio.remedies import Remedy, for_memory
 from studio.specs import RunSpec
 from studio.workspace import Workspace, write_whole
@@ -120,15 +122,17 @@ class Planner:
             LoRAError: The settings do not fit the model, or the device is not there.
         """
         devices = resolve_devices(spec.train.device)
+        dtype = resolve_dtype(spec.train.precision, devices[0])
         found = forecast_memory(
             self._skeleton,
             None if full else spec.lora,
             spec.train,
-            resolve_dtype(spec.train.precision, devices[0]),
+            dtype,
             prepare=setup.preparation(spec),
             num_devices=num_devices or len(devices),
+            on_heap=devices[0].type == "cpu",
         )
-        return replace(found, framework=framework_share(devices[0], self._workspace))
+        return replace(found, framework=framework_share(devices[0], self._workspace, dtype))
 
     def fit(self, spec: RunSpec, free_bytes: int, *, num_devices: int | None = None) -> Iterator[Remedy | None]:
         """Yields a few changes, or several at once, after which a run fits, the cheapest in time first.
@@ -186,14 +190,16 @@ class _Way(NamedTuple):
         return Remedy(names, label, self.spec, total, self.relative_time, self.trains_less, cost)
 
 
-def framework_share(device: torch.device, workspace: Workspace) -> int:
-    """Returns what the libraries take before there is a model: on a CPU as measured, else by a constant.
+def framework_share(device: torch.device, workspace: Workspace, dtype: torch.dtype = torch.float32) -> int:
+    """Returns what the libraries take without a model: on a CPU as measured, else by a constant.
 
-    It is measured once for a workspace and versions of the libraries, by a process that has what a worker has.
+    It is measured once for a workspace, versions of the libraries and a type of weights, by a process that does what a
+    worker does with a model of hardly any size: code that is used, and what it sets up for itself, takes memory, too.
     """
     if device.type != "cpu":
         return FRAMEWORK_BYTES[device.type]
-    place = workspace.cache / "framework.json"
+    name = str(dtype).removeprefix("torch.")
+    place = workspace.cache / f"framework-{name}.json"
     key = f"torch {torch.__version__}, transformers {version('transformers')}, Python {sys.version}"
     try:
         known = json.loads(place.read_text())
@@ -201,8 +207,11 @@ def framework_share(device: torch.device, workspace: Workspace) -> int:
             return int(known["bytes"])
     except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or not with these versions
         pass
-    command = [sys.executable, "-P", "-m", "studio.probe", "--framework", str(workspace.root)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-P", "-m", "studio.probe", "--framework", name, str(workspace.root)]
+    environment = {**ENVIRONMENT, **os.environ}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment
+    )
     if done.returncode:
         log.warning("What the libraries take could not be measured: %s", done.stderr[-500:])
         return FRAMEWORK_BYTES["cpu"]

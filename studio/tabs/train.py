@@ -30,6 +30,7 @@ TERMS = {
     "gradients": "its gradients",
     "moments": "AdamW's moments",
     "activations": "activations and logits",
+    "holes": "holes between tensors",
 }
 """The parts of a forecast, in words."""
 
