@@ -35,6 +35,8 @@ class MemoryForecast:
         moments: AdamW's two of what is trained.
         activations: What the forward pass keeps for the backward pass, the logits, and what comes and goes.
         holes: What lies free between tensors when the heap reaches furthest; on a CPU, where it is asked for.
+        choosing: What the copy in float32 on which the fastest way is chosen before the first step takes beyond that
+            step's own; 0 but for a small batch of a large vocabulary in half precision.
         framework: What the libraries take without a model; 0 unless the caller knows (see `replace`).
     """
 
@@ -44,6 +46,7 @@ class MemoryForecast:
     moments: int
     activations: int
     holes: int = 0
+    choosing: int = 0
     framework: int = 0
 
     @property
@@ -53,9 +56,9 @@ class MemoryForecast:
 
     @property
     def terms(self) -> dict[str, int]:
-        """Term → bytes, the largest first; without the holes and the libraries' share where they are not known."""
+        """Term → bytes, the largest first; without those of the last three that are nothing."""
         terms = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        terms = {name: size for name, size in terms.items() if size or name not in ("holes", "framework")}
+        terms = {name: size for name, size in terms.items() if size or name not in ("holes", "choosing", "framework")}
         return dict(sorted(terms.items(), key=lambda item: -item[1]))
 
 
@@ -110,15 +113,18 @@ def forecast_memory(
     own_parts = num_parts if lora is None else 1  # an adapter is whole on each device
     gradients = sum(_bytes(p) for p in trained)
     in_buckets = gradients if num_devices > 1 and own_parts == 1 else 0
-    activations, reach = _activations(model, train)
     moments = 2 * moments_dtype.itemsize * sum(p.numel() for p in trained)
+    activations, reach = _activations(model, train)
+    holes = max(0, reach - activations) if on_heap else 0
+    choosing = _choosing(model) if lora is not None else 0  # over before there are gradients and moments
     return MemoryForecast(
         weights=_weights_bytes(model, sizes, num_parts),
         adapter=0 if lora is None else gradients,
         gradients=-(-gradients // own_parts) + in_buckets,
         moments=-(-moments // own_parts),
         activations=activations + widened,
-        holes=max(0, reach - activations) if on_heap else 0,
+        holes=holes,
+        choosing=max(0, choosing - gradients - moments - activations - widened - holes),
     )
 
 
@@ -145,6 +151,19 @@ def _quantize(model: nn.Module, sizes: dict[int, int], bits: int) -> int:
         sizes[id(weight)] = weight.numel() * bits // 8 + 4 * scales
         widened.append(_bytes(weight))
     return max(widened)
+
+
+def _choosing(model: nn.Module) -> int:
+    """Returns what `Losses.choose` takes before the first step: a copy of few blocks, each tensor widened in turn."""
+    if all(p.dtype == torch.float32 for p in model.parameters()):
+        return 0
+    few = list(with_first(model, block_lists(model), 2).parameters())
+    held = peak = sum(_bytes(p) for p in few)
+    for p in few:
+        if p.dtype != torch.float32:
+            peak = max(peak, held + 4 * p.numel())
+            held += 4 * p.numel() - _bytes(p)
+    return max(peak, held)
 
 
 def _activations(model: nn.Module, train: TrainConfig) -> tuple[int, int]:

@@ -205,3 +205,15 @@ def test_on_a_heap_holes_come_to_what_tensors_hold(build):
     assert plain.holes == 0 and "holes" not in plain.terms
     assert 0 < heap.holes < 0.5 * heap.activations
     assert heap.total - heap.holes == plain.total
+
+
+def test_of_a_large_vocabulary_in_half_precision_a_small_batch_takes_less_than_the_choice_before_it(build):
+    def forecast(dtype, batch_size=1):
+        model = build("llama", vocab_size=20_000, num_hidden_layers=3).to("meta")
+        return forecast_memory(model, LoRAConfig(r=4), train_config(batch_size, 16), dtype)
+
+    half = forecast(torch.bfloat16)
+    copy_in_float32 = 4 * 2 * 20_000 * 32  # embedding and head
+    step = half.gradients + half.moments + half.activations
+    assert copy_in_float32 < half.choosing + step < 1.3 * copy_in_float32
+    assert forecast(torch.float32).choosing == 0 == forecast(torch.bfloat16, batch_size=400).choosing
