@@ -17,6 +17,7 @@ from core.blocks import block_lists, blocks, with_first
 from core.config import LoRAConfig, TrainConfig
 from core.errors import LoRAError
 from core.fusion import Fusion
+from core.heap import Heap
 from core.inject import inject
 from core.losses import Way, losses_at, of_head
 from core.matrices import is_conv1d
@@ -33,7 +34,10 @@ class MemoryForecast:
         gradients: Of what is trained, in its type; with several devices also the buckets in which DDP sends them.
         moments: AdamW's two of what is trained.
         activations: What the forward pass keeps for the backward pass, the logits, and what comes and goes.
-        framework: What the libraries take before there is a model; 0 unless the caller knows (see `replace`).
+        holes: What lies free between tensors when the heap reaches furthest; on a CPU, where it is asked for.
+        choosing: What the copy in float32 on which the fastest way is chosen before the first step takes beyond that
+            step's own; 0 but for a small batch of a large vocabulary in half precision.
+        framework: What the libraries take without a model; 0 unless the caller knows (see `replace`).
     """
 
     weights: int
@@ -41,6 +45,8 @@ class MemoryForecast:
     gradients: int
     moments: int
     activations: int
+    holes: int = 0
+    choosing: int = 0
     framework: int = 0
 
     @property
@@ -50,10 +56,9 @@ class MemoryForecast:
 
     @property
     def terms(self) -> dict[str, int]:
-        """Term → bytes, the largest first; without the libraries' share where it is not known."""
+        """Term → bytes, the largest first; without those of the last three that are nothing."""
         terms = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        if not self.framework:
-            del terms["framework"]
+        terms = {name: size for name, size in terms.items() if size or name not in ("holes", "choosing", "framework")}
         return dict(sorted(terms.items(), key=lambda item: -item[1]))
 
 
@@ -67,6 +72,7 @@ def forecast_memory(
     num_devices: int = 1,
     base_bits: int | None = None,
     moments_dtype: torch.dtype = torch.float32,
+    on_heap: bool = False,
 ) -> MemoryForecast:
     """Returns what a step of `train.batch_size` rows of `train.max_length` tokens will take, every token trained.
 
@@ -88,6 +94,7 @@ def forecast_memory(
         base_bits: 4 or 8 where the linear layers of the frozen base lie so (NF4 in blocks of 64 with a float32 scale
             each; int8 with a float32 scale a row), and each is widened to `dtype` while it is used.
         moments_dtype: Of AdamW's two moments.
+        on_heap: Whether tensors lie on the C library's heap, as on a CPU, whose holes count then.
     """
     if base_bits not in (None, 4, 8) or (base_bits and lora is None):
         raise LoRAError(f"`base_bits` (={base_bits}) must be 4, 8 or None, and None in full fine-tuning.")
@@ -107,12 +114,17 @@ def forecast_memory(
     gradients = sum(_bytes(p) for p in trained)
     in_buckets = gradients if num_devices > 1 and own_parts == 1 else 0
     moments = 2 * moments_dtype.itemsize * sum(p.numel() for p in trained)
+    activations, reach = _activations(model, train)
+    holes = max(0, reach - activations) if on_heap else 0
+    choosing = _choosing(model) if lora is not None else 0  # over before there are gradients and moments
     return MemoryForecast(
         weights=_weights_bytes(model, sizes, num_parts),
         adapter=0 if lora is None else gradients,
         gradients=-(-gradients // own_parts) + in_buckets,
         moments=-(-moments // own_parts),
-        activations=_activations(model, train) + widened,
+        activations=activations + widened,
+        holes=holes,
+        choosing=max(0, choosing - gradients - moments - activations - widened - holes),
     )
 
 
@@ -141,8 +153,21 @@ def _quantize(model: nn.Module, sizes: dict[int, int], bits: int) -> int:
     return max(widened)
 
 
-def _activations(model: nn.Module, train: TrainConfig) -> int:
-    """Returns the peak of a step's activations, from as few of the model's blocks as tell it."""
+def _choosing(model: nn.Module) -> int:
+    """Returns what `Losses.choose` takes before the first step: a copy of few blocks, each tensor widened in turn."""
+    if all(p.dtype == torch.float32 for p in model.parameters()):
+        return 0
+    few = list(with_first(model, block_lists(model), 2).parameters())
+    held = peak = sum(_bytes(p) for p in few)
+    for p in few:
+        if p.dtype != torch.float32:
+            peak = max(peak, held + 4 * p.numel())
+            held += 4 * p.numel() - _bytes(p)
+    return max(peak, held)
+
+
+def _activations(model: nn.Module, train: TrainConfig) -> tuple[int, int]:
+    """Returns the peak of a step's activations, from as few of the model's blocks as tell it, and the heap's reach."""
     found = _alike(model)
     if found is not None:
         members, start, period = found
@@ -152,21 +177,22 @@ def _activations(model: nn.Module, train: TrainConfig) -> int:
             if few + period >= num:
                 break
             try:
-                (kept, peak), (kept_more, peak_more) = (
+                (kept, peak, reach), (kept_more, peak_more, reach_more) = (
                     _step(with_first(model, [members], n), train) for n in (few, few + period)
                 )
             except (IndexError, KeyError, ValueError, AttributeError):  # it wants all of its blocks
                 break
             if peak_more - peak == kept_more - kept:
-                return peak + (num - few) // period * (peak_more - peak)
-    return _step(copy.deepcopy(model), train)[1]
+                more = (num - few) // period
+                return peak + more * (peak_more - peak), reach + more * (reach_more - reach)
+    return _step(copy.deepcopy(model), train)[1:]
 
 
-def _step(model: Any, train: TrainConfig) -> tuple[int, int]:
+def _step(model: Any, train: TrainConfig) -> tuple[int, int, int]:
     """Takes a step without values with a model, which it uses up.
 
     Returns:
-        The bytes that are kept for the backward pass, and the most that were held.
+        The bytes that are kept for the backward pass, the most that were held, and how far a heap of them reached.
     """
     fusion = Fusion(model)  # what it tries out has values
     with FakeTensorMode(allow_non_fake_inputs=True), fusion, once():
@@ -186,7 +212,7 @@ def _step(model: Any, train: TrainConfig) -> tuple[int, int]:
             loss = losses_at(model, {"input_ids": ids}, positions, ids[:, 1:].flatten(), way).sum()
             kept = live.bytes
             loss.backward()
-    return kept, live.peak_bytes
+    return kept, live.peak_bytes, live.heap.peak_bytes
 
 
 def _alike(model: nn.Module) -> tuple[nn.ModuleList, int, int] | None:
@@ -227,11 +253,13 @@ class _Live(TorchDispatchMode):
     Attributes:
         bytes: Now.
         peak_bytes: At most so far.
+        heap: Where they would lie.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = self.peak_bytes = 0
+        self.heap = Heap()
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -253,11 +281,13 @@ class _Live(TorchDispatchMode):
         self._known.add(key)
         self.bytes += size
         self.peak_bytes = max(self.peak_bytes, self.bytes)
-        weakref.finalize(storage, self._gone, key, size)
+        weakref.finalize(storage, self._gone, key, size, self.heap.take(size) if size else (0, 0))
 
-    def _gone(self, key: int, size: int) -> None:
+    def _gone(self, key: int, size: int, place: tuple[int, int]) -> None:
         self._known.discard(key)
         self.bytes -= size
+        if size:
+            self.heap.give(*place)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -19,6 +19,8 @@ TERMS = {
     "gradients": "Gradients",
     "moments": "Optimizer (Adam)",
     "activations": "Activations",
+    "holes": "Gaps on the heap",
+    "choosing": "Trying ways out, once",
     "framework": "Framework",
 }
 """The terms of a forecast in the order in which they are stacked, as the table calls them."""
@@ -56,6 +58,8 @@ CSS = f"""
 .memory .gradients {{ background: repeating-linear-gradient(45deg, {ADAPTED} 0 3px, {ADAPTED_SOFT} 3px 8px); }}
 .memory .moments {{ background: radial-gradient({ADAPTED} 1.4px, transparent 1.8px) 0 0 / 6px 6px {ADAPTED_SOFT}; }}
 .memory .activations {{ background: repeating-linear-gradient(-45deg, {BASE} 0 2px, {_BASE_SOFT} 2px 7px); }}
+.memory .holes {{ border: 1px dashed {BASE}; }}
+.memory .choosing {{ border: 1px dotted {ADAPTED}; }}
 .memory .framework {{ background: {CHANCE}; }}
 .memory .rest {{ border: 1px solid var(--body-text-color-subdued);
   background: repeating-linear-gradient(90deg, var(--body-text-color-subdued) 0 1px, transparent 1px 5px); }}
@@ -203,6 +207,7 @@ def _table(plan: Plan) -> str:
         f'<tr><th scope="row"><i class="{name}"></i>{title}</th>'
         f"<td>{_cell(getattr(plan.lora, name))}</td><td>{_cell(getattr(plan.full, name))}</td></tr>"
         for name, title in TERMS.items()
+        if getattr(plan.lora, name) or getattr(plan.full, name)
     )
     return (
         '<table class="plain"><thead><tr><th scope="col">At the peak of a step</th><th scope="col">LoRA</th>'

@@ -8,6 +8,7 @@ import copy
 import difflib
 import importlib.util
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,6 +149,16 @@ def import_libraries() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
+def small(dtype: "torch.dtype") -> Any:
+    """Returns a model of hardly any size, ready for `core.train`: what takes memory with it is the libraries."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=64, **sizes)).to(dtype)
+    prepare_to_train(model)
+    return model
+
+
 def prepare(model: str, workspace: Workspace, progress: Progress | None = None) -> None:
     """Does what takes long once, the download or the conversion, so that later calls are quick.
 
@@ -178,10 +189,12 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from studio.loading import lets_go_of_files
+
     if progress:
         progress("Loading the weights")
     try:
-        with _building:
+        with _building, lets_go_of_files() if torch.device(device).type == "cpu" else nullcontext():
             result: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype or torch.float32,

@@ -6,6 +6,7 @@ All of it comes from the model's config: no weight is read.
 import heapq
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ from core import (
     resolve_dtype,
 )
 from studio import models, setup
+from studio.jobs import ENVIRONMENT
 from studio.remedies import Remedy, for_memory
 from studio.specs import RunSpec
 from studio.workspace import Workspace, write_whole
@@ -138,7 +140,8 @@ class Planner:
                 if len(self._known) >= MOST_KEPT:
                     self._known.clear()
                 self._known[key] = self._forecast(spec, lora, devices, num_devices)
-            return replace(self._known[key], framework=framework_share(devices[0], self._workspace))
+            dtype = resolve_dtype(spec.train.precision, devices[0])
+            return replace(self._known[key], framework=framework_share(devices[0], self._workspace, dtype))
 
     def _forecast(
         self, spec: RunSpec, lora: LoRAConfig | None, devices: Sequence[torch.device], num_devices: int | None
@@ -151,6 +154,7 @@ class Planner:
                 resolve_dtype(spec.train.precision, devices[0]),
                 prepare=setup.preparation(spec),
                 num_devices=num_devices or len(devices),
+                on_heap=devices[0].type == "cpu",
             )
         except LoRAError:
             raise
@@ -226,14 +230,16 @@ def room(devices: Sequence[torch.device]) -> tuple[int, int]:
     return min((free, total) for free, total in shares)
 
 
-def framework_share(device: torch.device, workspace: Workspace) -> int:
-    """Returns what the libraries take before there is a model: on a CPU as measured, else by a constant.
+def framework_share(device: torch.device, workspace: Workspace, dtype: torch.dtype = torch.float32) -> int:
+    """Returns what the libraries take without a model: on a CPU as measured, else by a constant.
 
-    It is measured once for a workspace and versions of the libraries, by a process that has what a worker has.
+    It is measured once for a workspace, versions of the libraries and a type of weights, by a process that does what a
+    worker does with a model of hardly any size: code that is used, and what it sets up for itself, takes memory, too.
     """
     if device.type != "cpu":
         return FRAMEWORK_BYTES[device.type]
-    place = workspace.cache / "framework.json"
+    name = str(dtype).removeprefix("torch.")
+    place = workspace.cache / f"framework-{name}.json"
     key = f"torch {torch.__version__}, transformers {version('transformers')}, Python {sys.version}"
     try:
         known = json.loads(place.read_text())
@@ -241,8 +247,11 @@ def framework_share(device: torch.device, workspace: Workspace) -> int:
             return int(known["bytes"])
     except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or not with these versions
         pass
-    command = [sys.executable, "-P", "-m", "studio.probe", "--framework", str(workspace.root)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-P", "-m", "studio.probe", "--framework", name, str(workspace.root)]
+    environment = {**ENVIRONMENT, **os.environ}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, env=environment
+    )
     if done.returncode:
         log.warning("What the libraries take could not be measured: %s", done.stderr[-500:])
         return FRAMEWORK_BYTES["cpu"]

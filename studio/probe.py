@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from core import (
+    LoRAConfig,
     LoRAError,
     Noted,
     Step,
+    TrainConfig,
     World,
     framework_bytes,
+    inject,
     is_of_memory,
     peak_memory_bytes,
     resolve_devices,
@@ -45,7 +48,7 @@ class Probe:
         device: On which.
         num_rows: Of the batch.
         num_tokens: Of its longest row.
-        framework_bytes: What the libraries took before there was a model.
+        framework_bytes: What the libraries took before there was a model and they had anything to do.
         loading_bytes: The peak until the model was loaded and adapted.
         peak_bytes: The peak of all, the libraries and the loading included.
         batch_seconds: Of one batch, forward and backward.
@@ -183,20 +186,31 @@ def measure(spec: RunSpec, workspace: Workspace, *, full_rows: bool = False) -> 
     )
 
 
+def _framework(dtype: str) -> int:
+    """Returns what the libraries take of a CPU once they have trained, in bytes: all but a model of 1 MB or so."""
+    import torch
+
+    from studio import models, setup  # noqa: F401
+
+    device = torch.device("cpu")
+    model = models.small(getattr(torch, dtype))
+    inject(model, LoRAConfig(r=4))
+    ids = torch.randint(0, model.config.vocab_size, (2, 64))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    for _ in train(model, iter([batch] * NUM_STEPS), TrainConfig(steps=NUM_STEPS, warmup_steps=0)):
+        pass
+    return framework_bytes(device)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Probes the spec that stands on standard input, and prints what `measure` yields as lines of JSON."""
     parser = argparse.ArgumentParser(prog="python -m studio.probe", description=main.__doc__)
     parser.add_argument("workspace", type=Path)
     parser.add_argument("--full-rows", action="store_true", help="rows of max_length random tokens")
-    parser.add_argument("--framework", action="store_true", help="print what the libraries take, and nothing else")
+    parser.add_argument("--framework", metavar="DTYPE", help="print what the libraries take, and nothing else")
     args = parser.parse_args(argv)
     if args.framework:
-        import torch
-
-        from studio import models, setup  # noqa: F401
-
-        models.import_libraries()
-        sys.stdout.write(f"{framework_bytes(torch.device('cpu'))}\n")
+        sys.stdout.write(f"{_framework(args.framework)}\n")
         return 0
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no line of ours
 

@@ -31,6 +31,8 @@ TERMS = {
     "gradients": "its gradients",
     "moments": "AdamW's moments",
     "activations": "activations and logits",
+    "holes": "holes between tensors",
+    "choosing": "the copy on which the fastest way is chosen",
 }
 """The parts of a forecast, in words."""
 

@@ -1,13 +1,14 @@
 """The forecast of memory, against what tensors really take, and against what must be so."""
 
 import copy
+import re
 import tracemalloc
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from core import LoRAConfig, TrainConfig, forecast_memory, inject, lora_layers
+from core import LoRAConfig, LoRAError, TrainConfig, forecast_memory, inject, lora_layers
 from core.losses import Losses
 
 
@@ -151,3 +152,68 @@ def test_full_fine_tuning_counts_every_weight_and_two_moments_in_float32(build):
 
 def test_dropout_which_draws_its_seed_can_be_forecast(forecast):
     assert forecast(lora=LoRAConfig(r=4, dropout=0.1)).activations > 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_of_a_base_in_few_bits_the_blocks_matrices_are_told_by_hand_and_the_rest_stays_whole(name, bits, build):
+    model = build(name).to("meta")
+    whole, few = (
+        forecast_memory(model, LoRAConfig(r=4), train_config(), torch.bfloat16, base_bits=b) for b in (None, bits)
+    )
+    matrices = {p: p.shape for path, p in model.named_parameters() if p.dim() == 2 and re.search(r"\.\d+\.", path)}
+    rows = 1 if name == "gpt2" else 0  # Conv1D's weight lies the other way round
+    scales = [-(-w * h // 64) if bits == 4 else shape[rows] for shape in matrices.values() for w, h in [shape]]
+    entries = [w * h for w, h in matrices.values()]
+    saved = sum(2 * n - n * bits // 8 - 4 * s for n, s in zip(entries, scales, strict=True))
+    assert whole.weights - few.weights == saved > 0
+    assert few.activations - whole.activations == 2 * max(entries)  # the one that is widened
+    assert (few.adapter, few.gradients, few.moments) == (whole.adapter, whole.gradients, whole.moments)
+
+
+@pytest.mark.parametrize("bits", [3, 16])
+def test_a_base_has_4_or_8_bits_and_is_whole_in_full_fine_tuning(bits, build):
+    model = build("llama").to("meta")
+    for lora, number in ((LoRAConfig(r=4), bits), (None, 4)):
+        with pytest.raises(LoRAError, match="must be 4, 8 or None, and None in full fine-tuning"):
+            forecast_memory(model, lora, train_config(), torch.bfloat16, base_bits=number)
+
+
+@pytest.mark.parametrize("num_devices", [2, 3, 8])
+def test_full_fine_tuning_on_split_weights_leaves_each_device_its_part_of_all_that_is_trained(num_devices, build):
+    model = build("llama", num_hidden_layers=12).to("meta")
+    num = sum(p.numel() for p in model.parameters())
+    (block, *_), buffers = model.model.layers, 2 * sum(b.numel() for b in model.buffers())
+    block = sum(p.numel() for p in block.parameters())
+    train = TrainConfig(batch_size=3, max_length=40, shard_weights=True)
+    alone, one = (
+        forecast_memory(model, None, train, torch.bfloat16, num_devices=n, moments_dtype=torch.float32)
+        for n in (1, num_devices)
+    )
+    assert (alone.weights, alone.gradients, alone.moments) == (2 * num + buffers, 2 * num, 8 * num)
+    assert one.gradients == -(-2 * num // num_devices) and one.moments == -(-8 * num // num_devices)
+    asked_for = 2 * (num - 12 * block + 2 * block) + buffers  # outside of the blocks, and two of them
+    assert one.weights == min(alone.weights, -(-alone.weights // num_devices) + asked_for)
+    assert one.activations == alone.activations and one.adapter == 0
+
+
+def test_on_a_heap_holes_come_to_what_tensors_hold(build):
+    model = build("llama", num_hidden_layers=9).to("meta")
+    plain, heap = (
+        forecast_memory(model, LoRAConfig(r=4), train_config(4, 64), torch.float32, on_heap=on) for on in (False, True)
+    )
+    assert plain.holes == 0 and "holes" not in plain.terms
+    assert 0 < heap.holes < 0.5 * heap.activations
+    assert heap.total - heap.holes == plain.total
+
+
+def test_of_a_large_vocabulary_in_half_precision_a_small_batch_takes_less_than_the_choice_before_it(build):
+    def forecast(dtype, batch_size=1):
+        model = build("llama", vocab_size=20_000, num_hidden_layers=3).to("meta")
+        return forecast_memory(model, LoRAConfig(r=4), train_config(batch_size, 16), dtype)
+
+    half = forecast(torch.bfloat16)
+    copy_in_float32 = 4 * 2 * 20_000 * 32  # embedding and head
+    step = half.gradients + half.moments + half.activations
+    assert copy_in_float32 < half.choosing + step < 1.3 * copy_in_float32
+    assert forecast(torch.float32).choosing == 0 == forecast(torch.bfloat16, batch_size=400).choosing
