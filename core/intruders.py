@@ -22,7 +22,7 @@ from core.weights import WeightSVD
 DENSE_LIMIT = 256
 """Up to this many directions of W the small matrix is decomposed whole."""
 
-_SPARE, _DEPTH, _MOST_ROUNDS, _TOLERANCE = 10, 5, 60, 1e-12
+_SPARE, _DEPTH, _MOST_ROUNDS, _TOLERANCE = 5, 6, 60, 1e-11
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,10 @@ def _coordinates(X: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     if not room:
         return X.new_zeros(len(X), 0), inside
     rest = X - basis @ inside
-    again = basis.T @ rest  # once more: the first difference leaves rounding of X's size inside
-    inside, rest = inside + again, rest - basis @ again
+    sizes, left = (torch.linalg.vector_norm(t, dim=0) for t in (X, rest))
+    if (left < 0.1 * sizes).any():  # then rounding of X's size is felt in what is left
+        again = basis.T @ rest
+        inside, rest = inside + again, rest - basis @ again
     Q, S, Vh = torch.linalg.svd(rest, full_matrices=False)
     is_there = 1e-13 * torch.linalg.matrix_norm(X) < S
     is_there[room:] = False  # a space has no more directions than are left in it
