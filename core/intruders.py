@@ -22,7 +22,7 @@ from core.weights import WeightSVD
 DENSE_LIMIT = 256
 """Up to this many directions of W the small matrix is decomposed whole."""
 
-_SPARE, _DEPTH, _MOST_ROUNDS, _TOLERANCE = 10, 4, 60, 1e-12
+_SPARE, _DEPTH, _MOST_ROUNDS, _TOLERANCE = 5, 6, 60, 1e-11
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,10 @@ def _coordinates(X: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     if not room:
         return X.new_zeros(len(X), 0), inside
     rest = X - basis @ inside
-    again = basis.T @ rest  # once more: the first difference leaves rounding of X's size inside
-    inside, rest = inside + again, rest - basis @ again
+    sizes, left = (torch.linalg.vector_norm(t, dim=0) for t in (X, rest))
+    if (left < 0.1 * sizes).any():  # then rounding of X's size is felt in what is left
+        again = basis.T @ rest
+        inside, rest = inside + again, rest - basis @ again
     Q, S, Vh = torch.linalg.svd(rest, full_matrices=False)
     is_there = 1e-13 * torch.linalg.matrix_norm(X) < S
     is_there[room:] = False  # a space has no more directions than are left in it
@@ -228,9 +230,15 @@ class _DiagonalPlusLowRank:
 
 def _orthonormal(X: Tensor, besides: Tensor | None = None) -> Tensor:
     """Returns an orthonormal basis of X's columns that is orthogonal to `besides`; what lies in there is dropped."""
+    X = X / torch.linalg.vector_norm(X, dim=0).clamp_min(torch.finfo(X.dtype).tiny)
     if besides is not None:
-        X = X / torch.linalg.vector_norm(X, dim=0).clamp_min(torch.finfo(X.dtype).tiny)
         X = X - besides @ (besides.T @ X)
+        X = X - besides @ (besides.T @ X)
+    Q, R = torch.linalg.qr(X)
+    if (
+        not X.shape[1] or R.diagonal().abs().min() > 1e-4
+    ):  # then no column is made of the others, or of `besides`, but for its rounding
+        return Q
     Q, S, _ = torch.linalg.svd(X, full_matrices=False)
-    Q = Q[:, 1e-12 * S[:1].clamp_min(1.0 if besides is not None else 0.0) < S]
+    Q = Q[:, S > 1e-12]
     return Q if besides is None else torch.linalg.qr(Q - besides @ (besides.T @ Q)).Q

@@ -178,8 +178,8 @@ def beside_weights(
             holder, as_matrix = matrix_at(model, path)
             W = as_matrix(models.read_weight(base, workspace, holder))
             seen = amplification(found[path], W)
-            rows[path] = {"weight_norm": float(W.double().norm())}
-            rows[path]["relative_norm"] = found[path].norm / rows[path]["weight_norm"] if W.any() else None
+            size = seen.weight_norm if seen else float(W.double().norm())
+            rows[path] = {"weight_norm": size, "relative_norm": found[path].norm / size if size else None}
             for name in ("r", "projected_norm", "null", "enrichment", "factor", "null_factor"):
                 rows[path]["directions" if name == "r" else name] = None if seen is None else getattr(seen, name)
             if intruders and not adapter.magnitudes:

@@ -36,7 +36,8 @@ def dense(f):
 @pytest.mark.parametrize(("power", "size"), [(0.7, 0.05), (0.7, 0.5), (0.0, 0.5), (2.0, 3.0)])
 def test_directions_are_those_of_the_dense_sum(monkeypatch, m, n, power, size, is_iterated):
     monkeypatch.setattr(intruders, "DENSE_LIMIT", 0 if is_iterated else 1000)
-    monkeypatch.setattr(intruders, "_SPARE", 2)
+    monkeypatch.setattr(intruders, "_SPARE", 2)  # else all of these small matrices would be taken whole
+    monkeypatch.setattr(intruders, "_DEPTH", 4)
     W = weight(m, n, power) + 0.01 * normal(m, n, seed=8)
     factors, svd = update(m, n, size=size), weight_svd(W)
     if is_iterated:
