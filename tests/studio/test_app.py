@@ -20,6 +20,7 @@ from core import Adapter, LoRAConfig, LoRAError, Started, Step, TrainConfig, amp
 from studio import app, jobs, models, watch
 from studio.data import DataSpec, prompt_ids
 from studio.event_log import EventWriter
+from studio.opened import Source
 from studio.runs import Run
 from studio.specs import RunSpec
 from studio.state import Studio
@@ -95,7 +96,8 @@ def damage(write_run):
 
 
 def test_the_page_has_the_six_tabs_in_order_and_the_head(page):
-    titles = [b.label for b in page.blocks.values() if isinstance(b, gr.Tab)]
+    pages = next(b for b in page.blocks.values() if isinstance(b, gr.Tabs))
+    titles = [b.label for b in pages.children if isinstance(b, gr.Tab)]
     assert titles == ["Model", "Data", "Train", "Spectrum", "Chat", "Runs"]
     ids = [b.elem_id for b in page.blocks.values() if b.elem_id]
     assert len(ids) == len(set(ids))
@@ -411,22 +413,24 @@ def trained(write_run, studio, tiny_folder, tiny_data) -> Run:
 
 def test_the_spectrum_tab_shows_the_adapter_s_own_numbers(page, trained, studio, tiny_folder):
     adapter = Adapter.load(trained.adapter_folder)
-    facts, heat, module = handler(page, "show", "heat")(trained.id, "Size ‖ΔW‖", None)
     loudest = max(adapter.factors, key=lambda path: float(adapter.factors[path].delta_weight().norm()))
-    assert loudest in facts and "<svg" in heat
+    place, said, module = handler(page, "follow")(trained.id, None, None)
+    assert place == studio.place_of(Source(trained.id)) and "Looking at “Inns”" in said
     assert (update(module)["choices"], update(module)["value"]) == (list(adapter.factors), loudest)
-    bars, about = handler(page, "show_bars")(trained.id, loudest, "log")
+    view = handler(page, "see")(place, loudest)
+    facts, heat = handler(page, "show", "heat")(view, "Size ‖ΔW‖")
+    assert loudest in facts and "<svg" in heat
+    bars, about = handler(page, "show_bars")(view, "log")
     assert "<svg" in bars and "Effective rank" in about
     weight = models.load_model(str(tiny_folder), studio.workspace).get_submodule(loudest).weight
     expected = amplification(adapter.factors[loudest], weight.detach())
-    assert f"<td>{expected.projected_norm:.3f}</td>" in handler(page, "show_table")(trained.id, loudest)
+    assert f"<td>{expected.projected_norm:.3f}</td>" in handler(page, "show_table")(view)
 
 
 def test_the_spectrum_tab_without_an_adapter_says_what_to_do(page, write_run):
     for run in ("", write_run([STARTED]).id):
-        facts, heat, module = handler(page, "show", "heat")(run, "Effective rank", "x")
-        assert "Train one" in facts and heat == "" and update(module)["choices"] == []
-        assert handler(page, "show_table")(run, "x") == ""
+        place, said, _ = handler(page, "follow")(run, None, None)
+        assert place is None and "Train one" in said and handler(page, "see")(None, "x") is None
 
 
 def test_chat_streams_to_the_panes_that_are_ticked_what_the_engine_says(page, trained, studio, tiny_folder):
@@ -501,13 +505,13 @@ def test_deleting_asks_first_then_shows_the_next_run(page, trained, write_run, h
 
 
 def test_an_adapter_that_was_trained_on_is_read_anew(studio, trained):
-    before = studio.spectra(studio.runs.get(trained.id))
-    assert studio.spectra(studio.runs.get(trained.id)) is before
+    before = studio.spectra(studio.opened(Source(trained.id)))
+    assert studio.spectra(studio.opened(Source(trained.id))) is before
     shutil.copytree(trained.adapter_folder, trained.folder / "copy")
     adapter = Adapter.load(trained.folder / "copy")
     louder = {p: dataclasses.replace(f, B=2 * f.B) for p, f in adapter.factors.items()}
     dataclasses.replace(adapter, factors=louder).save(trained.adapter_folder)
-    after = studio.spectra(studio.runs.get(trained.id))
+    after = studio.spectra(studio.opened(Source(trained.id)))
     path = next(iter(louder))
     assert after[path][1].norm == pytest.approx(2 * before[path][1].norm)
 

@@ -16,6 +16,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from core import (
     ALL_LINEAR,
+    Adapter,
     Evaluated,
     Factors,
     Failed,
@@ -37,6 +38,7 @@ from studio import data, jobs, matrices, models
 from studio.chat import Answer
 from studio.data import DataSpec
 from studio.forms import Form
+from studio.opened import Opened
 from studio.runs import Run
 from studio.specs import RunSpec
 from studio.state import Studio
@@ -45,8 +47,8 @@ from studio.tabs import chat as chat_tab
 from studio.tabs import data as data_tab
 from studio.tabs import model as model_tab
 from studio.tabs import runs as runs_tab
-from studio.tabs import spectrum as spectrum_tab
 from studio.tabs import train as train_tab
+from studio.tabs.spectrum import matrix, overview
 
 HOSTILE = '<img src=x onerror="alert(1)">&amp;'
 STARTED = Started(60, 384, 10_000, "cpu", "bfloat16", "resident memory of the process")
@@ -514,7 +516,7 @@ W = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 
 def table_7(found: Factors, r: int | None = None) -> str:
     names = {"ΔW": "delta", "W": "weight", "random": "random"}
-    return spectrum_tab.table_7({title: amplification(found, W, r, kind) for title, kind in names.items()})
+    return matrix.table_7({title: amplification(found, W, r, kind) for title, kind in names.items()})
 
 
 def test_table_7_holds_the_numbers_of_a_dense_computation():
@@ -544,8 +546,8 @@ def test_table_7_of_an_update_that_is_zero_says_so():
 def test_the_overview_is_one_picture_in_which_paths_stay_text():
     paths = ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.0.<script>x</script>"]
     spectra = {path: spectrum(factors(i)) for i, path in enumerate(paths)}
-    for quantity in spectrum_tab.QUANTITIES:
-        read = Read(spectrum_tab.overview(spectra, quantity))
+    for quantity in overview.QUANTITIES:
+        read = Read(overview.overview(spectra, quantity))
         assert read.tags[0] == "div" and read.tags[1] == "svg" and read.tags.count("svg") == 1
         assert "script" not in read.tags
         assert quantity in " ".join(read.text)
@@ -554,7 +556,7 @@ def test_the_overview_is_one_picture_in_which_paths_stay_text():
 def test_the_quantities_are_those_of_the_spectrum():
     found = spectrum(factors())
     sigma = torch.linalg.svdvals(factors().delta_weight().double())[:2]
-    values = {title: value(found) for title, (_, value) in spectrum_tab.QUANTITIES.items()}
+    values = {title: value(found) for title, (_, value) in overview.QUANTITIES.items()}
     assert values["Size ‖ΔW‖"] == pytest.approx(float(sigma.square().sum().sqrt()))
     assert values["Largest σ"] == pytest.approx(float(sigma[0]))
     assert values["Stable rank"] == pytest.approx(float((sigma / sigma[0]).square().sum()))
@@ -562,20 +564,22 @@ def test_the_quantities_are_those_of_the_spectrum():
     assert values["Effective rank"] == pytest.approx(float((-(p * p.log()).sum()).exp()))
 
 
-def test_the_summary_names_the_run_and_the_matrix_that_moved_most(write_run):
+def test_the_summary_names_the_adapter_and_the_matrix_that_moved_most(write_run):
     run = write_run(spec=RunSpec(name=HOSTILE, lora=LoRAConfig(r=5)))
-    facts = Read(spectrum_tab.summary(run, {"a": spectrum(factors(1.0)), "b": spectrum(factors(3.0))})).facts
-    assert (facts["Run"], facts["Matrices"], facts["r asked for"]) == (HOSTILE, "2", "5")
+    pair = {"a": Factors(torch.zeros(5, 6), torch.zeros(8, 5), 1.0)}
+    opened = Opened(run.spec.name, Adapter(run.spec.lora, pair), None, run, 0)
+    facts = Read(overview.summary(opened, {"a": spectrum(factors(1.0)), "b": spectrum(factors(3.0))})).facts
+    assert (facts["Adapter"], facts["Matrices"], facts["r"]) == (HOSTILE, "2", "5")
     assert facts["Largest ‖ΔW‖ in"] == f"b ({float(factors(3.0).delta_weight().norm()):.3f})"
 
 
 def test_one_matrix_s_facts():
     found = spectrum(factors())
-    shape, r, rank, effective, stable, most = Read(spectrum_tab.matrix_facts(found)).facts.values()
+    shape, r, rank, effective, stable, most = Read(matrix.matrix_facts(found)).facts.values()
     assert (shape, r, rank) == ("8 × 6", "2", "2")
     assert (effective, stable) == (f"{found.effective_rank:.2f}", f"{found.stable_rank:.2f}")
     assert most.split()[0] == str(found.rank_for_energy(0.9))
-    _, _, rank, effective, stable, most = Read(spectrum_tab.matrix_facts(spectrum(factors(0.0)))).facts.values()
+    _, _, rank, effective, stable, most = Read(matrix.matrix_facts(spectrum(factors(0.0)))).facts.values()
     assert (rank, effective, stable, most.split()[0]) == ("0", "0.00", "0.00", "0")
 
 
