@@ -26,7 +26,7 @@ from core import (
 from core.train import learning_rate
 
 MODELS = ["llama", "gpt2", "plain"]
-CPU = {"device": "cpu", "precision": "fp32"}
+CPU = {"device": "cpu", "precision": "fp32", "spectrum_every": 0}
 
 
 @pytest.fixture
