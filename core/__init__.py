@@ -47,12 +47,23 @@ from core.events import (
 )
 from core.experts import LoRAExpert, LoRAExperts
 from core.fused import LoRAFused, LoRASlice
-from core.geometry import Amplification, amplification, subspace_similarity
+from core.geometry import (
+    Alignment,
+    Amplification,
+    alignment,
+    amplification,
+    basis_of,
+    principal_angles,
+    row_norms,
+    similarity_null,
+    subspace_similarity,
+)
 from core.inject import eject, inject, injection_of, merge, merged_copy, strength, trained_in_full, unmerge
 from core.layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
 from core.losses import token_losses
 from core.matrices import Factors, Layout
 from core.memory import MemoryForecast, forecast_memory
-from core.spectrum import Spectrum, random_sigma, spectrum
+from core.spectrum import Spectrum, random_sigma, spectra, spectrum
 from core.targets import FORMS, Injection, Target, adaptable, chosen_ranks, fits_end, lora_layers, matrix_at, plan
 from core.train import Training, evaluate, train
+from core.weights import WeightSpectrum, WeightSVD, top_svd, weight_spectrum, weight_svd
