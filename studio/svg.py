@@ -27,7 +27,8 @@ def to_svg(figure: Figure, label: str) -> str:
 
     Ink takes the page's text colour and text its font; the background is the page's. It scales with
     the width it is given, between sizes at which text is readable. Ids are the figure's own, so that
-    many figures fit on one page. The same figure and label give the same string.
+    many figures fit on one page. The same figure and label give the same string. What can be pointed at
+    (`Plot.regions`) are rectangles with their words as a title.
 
     Args:
         figure: One of `studio.figures`, or another whose ink is `INK`.
@@ -56,6 +57,10 @@ def to_svg(figure: Figure, label: str) -> str:
         "style": f"min-width: {_SCALES[0] * width:.0f}px; max-width: {_SCALES[1] * width:.0f}px; "
         "font-variant-numeric: tabular-nums",
     }
+    for name, ((x, y, w, h), words) in getattr(figure, "regions", {}).items():
+        place = {"x": f"{x:.2f}", "y": f"{y:.2f}", "width": f"{w:.2f}", "height": f"{h:.2f}"}
+        area = ET.SubElement(root, "rect", {**place, "data-name": printable(name), "fill": "transparent"})
+        ET.SubElement(area, "title").text = printable(words)
     text = ET.tostring(root, encoding="unicode")
     return text.replace(_PLACE, "f" + hashlib.sha256(text.encode()).hexdigest()[:12])
 
