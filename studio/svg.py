@@ -75,10 +75,16 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     ending = path.suffix.lower()
     if ending not in (".png", ".svg"):
         raise LoRAError(f"`path` (={path}) must end in .png or .svg.")
-    if ending == ".svg":
-        path.write_bytes(_svg(figure, fonttype="path", facecolor="white"))
-    else:
-        figure.savefig(path, format="png", dpi=150, facecolor="white")
+    path.write_bytes(figure_bytes(figure, ending[1:]))
+
+
+def figure_bytes(figure: Figure, kind: str) -> bytes:
+    """Returns `figure` as a file, "png" (150 dpi) or "svg", in dark ink on white."""
+    if kind == "svg":
+        return _svg(figure, fonttype="path", facecolor="white")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
+    return buffer.getvalue()
 
 
 def printable(text: str) -> str:

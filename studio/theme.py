@@ -131,6 +131,14 @@ CSS = f"""
 #worker-log {{ margin: 0; max-height: 16rem; overflow: auto; font-size: .8rem; white-space: pre-wrap; }}
 .figure svg {{ width: 100%; height: auto; display: block; color: var(--body-text-color); }}
 .figure {{ overflow-x: auto; }}
+.picture .below {{ display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .5rem 0; }}
+.picture button {{ font-size: .8rem; padding: .15rem .6rem; border: 1px solid var(--border-color-primary);
+  border-radius: 999px; background: none; color: var(--body-text-color-subdued); cursor: pointer; }}
+.picture button:is(:hover, :focus-visible) {{ color: var(--body-text-color); border-color: currentColor; }}
+.picture rect[data-name] {{ cursor: pointer; }}
+.picture rect[data-name]:hover {{ stroke: var(--body-text-color); stroke-width: 1.2; }}
+.picture summary {{ cursor: pointer; font-size: .85rem; color: var(--body-text-color-subdued); }}
+.picture pre {{ margin: .4rem 0 0; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
 table.plain {{ border: 0 !important; border-collapse: collapse; width: 100%; margin: 0;
   font-variant-numeric: tabular-nums; }}
 table.plain :is(thead, tbody, tr) {{ border: 0 !important; }}
@@ -161,6 +169,15 @@ def said(sentences: str | list[str], kind: str = "") -> str:
     """Returns HTML of sentences to read, escaped; `kind` is "", "warn" or "error"."""
     lines = [sentences] if isinstance(sentences, str) else sentences
     return f'<div class="said {kind}" role="status">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>'
+
+
+def progress(done: int, total: int, what: str) -> str:
+    """Returns HTML of how far something is: so many of so many `what`."""
+    return (
+        f'<div class="progress" role="progressbar" aria-valuenow="{done}" aria-valuemax="{total}" '
+        f'aria-label="{escape(what)}"><span style="width:{100 * done / max(1, total):.1f}%"></span></div>'
+        f'<div class="sub-line">{done:,} of {total:,} {escape(what)}</div>'
+    )
 
 
 def chip(status: str) -> str:

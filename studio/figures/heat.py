@@ -33,7 +33,7 @@ MOST_REGIONS = 3000
 """Up to so many cells can be pointed at; a map of more would weigh too much in a page."""
 
 
-def heat_figure(values: Mapping[str, float], *, title: str, unit: str = "") -> Plot:
+def heat_figure(values: Mapping[str, float | None], *, title: str, unit: str = "", note: str = "") -> Plot:
     """Returns a map of one number a module: layers across, kinds of matrix down, the largest framed.
 
     Modules without a number, and numbers that are not finite, are hatched.
@@ -42,13 +42,14 @@ def heat_figure(values: Mapping[str, float], *, title: str, unit: str = "") -> P
         values: By module path, such as "model.layers.17.self_attn.q_proj".
         title: What the number is; shown as it stands.
         unit: The number's unit, for the colour bar.
+        note: A few words beside the colour bar, such as what chance would give.
     """
     layers, names, grid, cells = _grid(values)
     seen = np.isfinite(grid)
     if not seen.any():
         return sentence_figure(title, "No value is a finite number." if values else "No values to show.")
     num_rows, num_columns = grid.shape
-    height = 88 + min(15 * num_rows + 12 * (num_rows < 3), 640)
+    height = 88 + 15 * bool(note) + min(15 * num_rows + 12 * (num_rows < 3), 640)
     figure = new_figure(title, height, width=WIDTH + 5 * max(0, num_columns - 40))
     axes = style_axes(figure.add_subplot(), "", "")
     axes.grid(visible=False)
@@ -61,7 +62,7 @@ def heat_figure(values: Mapping[str, float], *, title: str, unit: str = "") -> P
     colours = heat_colours()
     image = axes.imshow(grid, colours, aspect="auto", interpolation="none", vmin=low, vmax=high)
     _name_cells(axes, layers, names)
-    _mark_largest(figure, axes, layers, names, grid)
+    _mark_largest(figure, axes, layers, names, grid, note)
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.55, anchor=(1, 0), aspect=28, pad=10 / height)
     bar.outline.set_visible(False)
     style_axes(bar.ax, shortened(unit, 32), "")
@@ -86,7 +87,9 @@ def _name_cells(axes: Axes, layers: Sequence[int], names: Sequence[str]) -> None
     axes.spines[["left", "bottom"]].set_visible(False)
 
 
-def _mark_largest(figure: Figure, axes: Axes, layers: Sequence[int], names: Sequence[str], grid: np.ndarray) -> None:
+def _mark_largest(
+    figure: Figure, axes: Axes, layers: Sequence[int], names: Sequence[str], grid: np.ndarray, note: str
+) -> None:
     row, column = divmod(int(np.nanargmax(grid)), grid.shape[1])
     # Not ink: it lies on the lightest colour of the map, whatever the page's background.
     frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#a01010", linewidth=1.6, clip_on=False)
@@ -95,11 +98,13 @@ def _mark_largest(figure: Figure, axes: Axes, layers: Sequence[int], names: Sequ
     lines = [f"framed: largest, {number_text(float(f'{grid[row, column]:.3g}'))}", f"{layer}{names[row]}"]
     if not np.isfinite(grid).all():
         lines.append("hatched: no value")
+    if note:
+        lines.append(shortened(note, 34))
     figure.text(0.01, 0.02, "\n".join(lines), va="bottom", linespacing=1.3, **TEXT)
 
 
 def _regions(
-    figure: Figure, axes: Axes, cells: Mapping[str, tuple[int, int]], values: Mapping[str, float]
+    figure: Figure, axes: Axes, cells: Mapping[str, tuple[int, int]], values: Mapping[str, float | None]
 ) -> dict[str, tuple[tuple[float, float, float, float], str]]:
     """Returns path → where its cell lies in the figure, and its value in words."""
     height = figure.bbox.height
@@ -115,7 +120,7 @@ def _regions(
     return found
 
 
-def _grid(values: Mapping[str, float]) -> tuple[list[int], list[str], np.ndarray, dict[str, tuple[int, int]]]:
+def _grid(values: Mapping[str, float | None]) -> tuple[list[int], list[str], np.ndarray, dict[str, tuple[int, int]]]:
     """Returns layers, the shown names of matrices, values as (matrices, layers), NaN for none, and path → its cell."""
     places = {path: split_path(path) for path in values}
     cells = Counter(place[1:] for place in places.values())
