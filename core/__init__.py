@@ -5,6 +5,7 @@ from core.algebra import Truncation, difference, distance, equal, inner_product,
 from core.attention import Segments, SegmentsError, causal_attention
 from core.bank import AdapterBank
 from core.checkpoint import Checkpoint
+from core.comparison import Comparison, MatrixComparison, Overlap, compare
 from core.config import ALL_LINEAR, LoRAConfig, TrainConfig
 from core.declarations import Config, Setting, read_json, setting, settings
 from core.devices import (
@@ -59,6 +60,7 @@ from core.geometry import (
     subspace_similarity,
 )
 from core.inject import eject, inject, injection_of, merge, merged_copy, strength, trained_in_full, unmerge
+from core.intruders import Intruders, damp, intruder_dimensions, shrink
 from core.layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
 from core.losses import token_losses
 from core.matrices import Factors, Layout
