@@ -37,6 +37,7 @@ from studio.opened import Opened, Source, read_matrix
 from studio.runs import Run, Runs
 from studio.specs import RunSpec
 from studio.tables import Table, read_table, split_source
+from studio.words import Vocabulary, vocabulary
 from studio.workspace import Workspace
 
 log = logging.getLogger("studio")
@@ -154,6 +155,19 @@ class Studio:
         return self._keep(
             "svd", key, lambda: weight_svd(self.weight(opened, path), self.workspace.cache / "svd"), most=2
         )
+
+    def vocabulary(self, model: str, side: str) -> tuple[Vocabulary, float]:
+        """Returns the vectors of a model's tokens, as they are read or written, and chance's largest cosine with them.
+
+        Raises:
+            LoRAError: The model has none, or they cannot be read.
+        """
+
+        def make() -> tuple[Vocabulary, float]:
+            found = vocabulary(self.skeleton(model), model, self.workspace, side)
+            return found, found.chance()
+
+        return self._keep("vocabulary", (model, side), make, most=2)
 
     def amplifications(self, opened: Opened) -> Iterator[dict[str, Amplification | LoRAError | None]]:
         """Yields, matrix by matrix, path → how its ΔW lies towards W; what is known is kept, so it may be stopped.

@@ -139,6 +139,18 @@ CSS = f"""
 .picture rect[data-name]:hover {{ stroke: var(--body-text-color); stroke-width: 1.2; }}
 .picture summary {{ cursor: pointer; font-size: .85rem; color: var(--body-text-color-subdued); }}
 .picture pre {{ margin: .4rem 0 0; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
+.words h4 {{ margin: 0; }} .words h5 {{ margin: .9rem 0 .3rem; font-size: .85rem; font-weight: 600; }}
+.words .both {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .25rem 1.5rem; }}
+.tokens {{ list-style: none; margin: 0; padding: 0; }}
+.tokens li {{ display: grid; grid-template-columns: minmax(0, 1fr) 6rem 3rem; gap: .5rem; align-items: center;
+  font-size: .85rem; line-height: 1.5; font-variant-numeric: tabular-nums; }}
+.tokens li > :last-child {{ text-align: right; }}
+.tokens code {{ overflow: hidden; text-overflow: ellipsis; white-space: pre; unicode-bidi: isolate; }}
+.tokens code:is(.special, .bytes) {{ font-style: italic; opacity: .75; }}
+.tokens .faint {{ opacity: .55; }}
+.tokens .bar {{ position: relative; height: .55rem; background: var(--border-color-primary); border-radius: 2px; }}
+.tokens .bar i {{ position: absolute; inset: 0 auto 0 0; background: var(--adapted); border-radius: 2px; }}
+.tokens .bar b {{ position: absolute; top: -.15rem; bottom: -.15rem; border-left: 2px dashed var(--body-text-color); }}
 table.plain {{ border: 0 !important; border-collapse: collapse; width: 100%; margin: 0;
   font-variant-numeric: tabular-nums; }}
 table.plain :is(thead, tbody, tr) {{ border: 0 !important; }}

@@ -99,24 +99,25 @@ class Frame:
         is_stream = inspect.isgeneratorfunction(show)
         nothing = gr.skip() if len(outputs) == 1 else [gr.skip()] * len(outputs)
 
-        def draw(view: tuple[Source, Any, str] | None, *values: Any) -> Iterator[Any]:
-            if view is None:
+        def draw(looked_at: tuple[Source, Any] | tuple[Source, Any, str] | None, *values: Any) -> Iterator[Any]:
+            if looked_at is None:
                 yield nothing
                 return
-            source, _, path = view
+            source, _, *path = looked_at
             opened = self.studio.opened(source)
-            if by_matrix and path not in opened.adapter.factors:
+            if not all(one in opened.adapter.factors for one in path):
                 yield nothing
                 return
-            found = show(opened, path, *values) if by_matrix else show(opened, *values)
+            found = show(opened, *path, *values)
             yield from found if is_stream else (found,)
 
         def draw_if_seen(seen: str, *values: Any) -> Iterator[Any]:
             yield from draw(*values) if seen == tab.id else (nothing,)
 
         draw.__name__ = show.__name__
-        given = [self.view, *inputs]
-        events = [(self.view if by_matrix else self.source).change, *also]
+        looked_at = self.view if by_matrix else self.source
+        given = [looked_at, *inputs]
+        events = [looked_at.change, *also]
         options = {"show_progress": "minimal", **PRIVATE, **options}
         tab.select(lambda: tab.id, None, self.section, queue=False, show_progress="hidden", **PRIVATE)
         return [
