@@ -5,6 +5,7 @@ from core.algebra import Truncation, difference, distance, equal, inner_product,
 from core.attention import Segments, SegmentsError, causal_attention
 from core.bank import AdapterBank
 from core.checkpoint import Checkpoint
+from core.comparison import Comparison, MatrixComparison, Overlap, compare
 from core.config import ALL_LINEAR, LoRAConfig, TrainConfig
 from core.declarations import Config, Setting, read_json, setting, settings
 from core.devices import (
@@ -48,12 +49,24 @@ from core.events import (
 )
 from core.experts import LoRAExpert, LoRAExperts
 from core.fused import LoRAFused, LoRASlice
-from core.geometry import Amplification, amplification, subspace_similarity
+from core.geometry import (
+    Alignment,
+    Amplification,
+    alignment,
+    amplification,
+    basis_of,
+    principal_angles,
+    row_norms,
+    similarity_null,
+    subspace_similarity,
+)
 from core.inject import eject, inject, injection_of, merge, merged_copy, strength, trained_in_full, unmerge
+from core.intruders import Intruders, damp, intruder_dimensions, shrink
 from core.layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
 from core.losses import token_losses
 from core.matrices import Factors, Layout
 from core.memory import MemoryForecast, forecast_memory
-from core.spectrum import Spectrum, random_sigma, spectrum
+from core.spectrum import Spectrum, random_sigma, spectra, spectrum
 from core.targets import FORMS, Injection, Target, adaptable, chosen_ranks, fits_end, lora_layers, matrix_at, plan
 from core.train import Training, evaluate, train
+from core.weights import WeightSpectrum, WeightSVD, top_svd, weight_spectrum, weight_svd

@@ -1,7 +1,7 @@
 """An adapter as a thing of its own: settings, factors and what was trained beside them, without a model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Self
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core import files, loralib
 from core.config import LoRAConfig
-from core.errors import AdapterFileError, listed
+from core.errors import AdapterFileError, LoRAError, listed
 from core.fused import LoRASlice, rows_of
 from core.inject import eject, injection_of, trained_in_full, wrap
 from core.matrices import Factors
@@ -44,6 +44,18 @@ class Adapter:
         """Entries of all A and B, and of what was trained beside them."""
         pairs = sum(f.A.numel() + f.B.numel() for f in self.factors.values())
         return pairs + sum(t.numel() for t in (*self.magnitudes.values(), *self.trained_in_full.values()))
+
+    def with_factors(self, factors: Mapping[str, Factors]) -> Self:
+        """Returns the adapter with other factors, and settings that say so; what it trained in full is kept.
+
+        Raises:
+            LoRAError: It is one of DoRA's, whose magnitudes go with its own factors, or no matrix is left.
+        """
+        if self.magnitudes:
+            raise LoRAError("`adapter` must not be one of DoRA's: its ΔW is not of low rank.")
+        if not factors:
+            raise LoRAError("`factors` must hold at least one matrix.")
+        return replace(self, config=files.config_for(factors, self.trained_in_full), factors=dict(factors))
 
     @classmethod
     def from_model(cls, model: nn.Module, *, base_model: str | None = None) -> Self:

@@ -4,6 +4,7 @@ B = Q_B·R_B and Aᵀ = Q_A·R_A, so ΔW = s·B·A = Q_B·(s·R_B·R_Aᵀ)·Q_A�
 gives everything. Cost O((out + in)·r² + r³) instead of O(out·in·min(out, in)).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,9 @@ from torch import Tensor
 from core.errors import LoRAError
 from core.matrices import Factors
 
+BATCH_NUMEL = 1 << 24
+"""Entries of A and B that are decomposed together: 128 MiB in float64."""
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -20,7 +24,7 @@ class Spectrum:
 
     Attributes:
         sigma: (k), falling; k = min(r, out_features, in_features).
-        factors: Of ΔW, on the CPU in float64. The directions are computed when they are first asked for.
+        factors: A copy of ΔW's on the CPU. The directions are computed from it when they are first asked for.
     """
 
     sigma: Tensor
@@ -39,8 +43,8 @@ class Spectrum:
     @cached_property
     def _directions(self) -> tuple[Tensor, Tensor]:
         f = self.factors
-        Q_B, R_B = torch.linalg.qr(f.B)
-        Q_A, R_A = torch.linalg.qr(f.A.T)
+        Q_B, R_B = torch.linalg.qr(f.B.double())
+        Q_A, R_A = torch.linalg.qr(f.A.double().T)
         U, _, Vh = torch.linalg.svd(f.scaling * (R_B @ R_A.T), full_matrices=False)
         return Q_B @ U, Q_A @ Vh.T
 
@@ -64,6 +68,14 @@ class Spectrum:
     def stable_rank(self) -> float:
         """‖ΔW‖_F² / sigma₁²; 0 for ΔW = 0."""
         return float((self.sigma / self.sigma[0]).square().sum()) if self.sigma[0] > 0 else 0.0
+
+    @property
+    def participation_ratio(self) -> float:
+        """(Σ sigma²)² / Σ sigma⁴: the number of directions that share the energy; 0 for ΔW = 0."""
+        if self.sigma[0] == 0:
+            return 0.0
+        squares = (self.sigma / self.sigma[0]).square()
+        return float(squares.sum().square() / squares.square().sum())
 
     @property
     def norm(self) -> float:
@@ -96,11 +108,44 @@ def spectrum(factors: Factors) -> Spectrum:
     Raises:
         LoRAError: A factor holds NaN or infinity.
     """
-    A, B = factors.A.to("cpu", torch.float64), factors.B.to("cpu", torch.float64)
-    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+    return spectra({"": factors})[""]
+
+
+def spectra(factors: Mapping[str, Factors]) -> dict[str, Spectrum]:
+    """Returns path → spectrum of many matrices at once; those of one shape are decomposed together.
+
+    Args:
+        factors: Path → factors, such as those of an adapter.
+
+    Raises:
+        LoRAError: A factor holds NaN or infinity.
+    """
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for path, f in factors.items():
+        groups.setdefault((*f.shape, f.r), []).append(path)
+    found: dict[str, Spectrum] = {}
+    for (out, width, r), paths in groups.items():
+        size = max(1, BATCH_NUMEL // (r * (out + width)))
+        for start in range(0, len(paths), size):
+            part = paths[start : start + size]
+            sigma = _sigma([factors[path] for path in part])
+            found |= {path: Spectrum(own, _copy(factors[path])) for path, own in zip(part, sigma, strict=True)}
+    return {path: found[path] for path in factors}
+
+
+def _sigma(alike: Sequence[Factors]) -> Tensor:
+    """Returns sigma of factors of one shape, (number, k)."""
+    A = torch.stack([f.A.to("cpu", torch.float64) for f in alike])
+    B = torch.stack([f.B.to("cpu", torch.float64) for f in alike])
+    R = torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.mT, mode="r").R.mT
+    # A NaN or an infinity anywhere in a factor is one in its triangle, too.
+    if not torch.isfinite(R).all():
         raise LoRAError("`factors` must be finite; this adapter holds NaN or infinity, so its training diverged.")
-    R_B, R_A = torch.linalg.qr(B, mode="r").R, torch.linalg.qr(A.T, mode="r").R
-    return Spectrum(torch.linalg.svdvals(factors.scaling * (R_B @ R_A.T)), Factors(A, B, factors.scaling))
+    return torch.linalg.svdvals(torch.tensor([f.scaling for f in alike], dtype=torch.float64)[:, None, None] * R)
+
+
+def _copy(f: Factors) -> Factors:
+    return Factors(f.A.detach().to("cpu", copy=True), f.B.detach().to("cpu", copy=True), f.scaling)
 
 
 def random_sigma(factors: Factors) -> Tensor:

@@ -3,8 +3,12 @@
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from core import Adapter
+from torch import Tensor, nn
+
+from core import Adapter, matrix_at
+from studio import models
 from studio.runs import Run
+from studio.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Opened:
     """An adapter to look at.
 
     Attributes:
+        source: Where it is.
         name: What people call it.
         adapter: The adapter itself.
         model: Its base model where the weights are at hand, in a form that `studio.models` takes; else None.
@@ -40,8 +45,26 @@ class Opened:
         key: Changes with the adapter's content: what is computed of it may be kept under this key.
     """
 
+    source: Source
     name: str
     adapter: Adapter
     model: str | None
     run: Run | None
     key: Hashable
+
+
+def read_matrix(model: str, workspace: Workspace, path: str, skeleton: nn.Module | None = None) -> Tensor:
+    """Returns W of one matrix of a base model, (out_features, in_features), in the type stored; read alone.
+
+    Args:
+        model: The base model, in any of the forms that `studio.models` takes.
+        workspace: Where its cache lies.
+        path: The matrix, as an adapter names it.
+        skeleton: The model's tree of modules, where it is there already.
+
+    Raises:
+        LoRAError: There is no such matrix, or it is kept in a form that cannot be read alone.
+    """
+    tree = models.skeleton(model, workspace) if skeleton is None else skeleton
+    holder, as_matrix = matrix_at(tree, path)
+    return as_matrix(models.read_weight(model, workspace, holder))

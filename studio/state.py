@@ -5,7 +5,7 @@ import inspect
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,25 +15,29 @@ from torch import Tensor, nn
 
 from core import (
     Adapter,
+    Amplification,
     Factors,
     LoRAError,
     Spectrum,
-    matrix_at,
+    WeightSVD,
+    amplification,
     plan,
     quoted,
     resolve_devices,
     resolve_dtype,
-    spectrum,
+    spectra,
+    weight_svd,
 )
 from studio import data, hub, jobs, models, sweeps
 from studio.chat import Engine
 from studio.checkpoints import ADAPTER_FILES
 from studio.history import Shown
 from studio.model_files import STARTER
-from studio.opened import Opened, Source
+from studio.opened import Opened, Source, read_matrix
 from studio.runs import Run, Runs
 from studio.specs import RunSpec
 from studio.tables import Table, read_table, split_source
+from studio.words import Vocabulary, vocabulary
 from studio.workspace import Workspace
 
 log = logging.getLogger("studio")
@@ -139,8 +143,50 @@ class Studio:
                 f"W must be at hand for this, and the base model ({named or 'which the adapter does not name'}) is "
                 "not; name it where the adapter is opened."
             )
-        holder, as_matrix = matrix_at(self.skeleton(opened.model), path)
-        return as_matrix(models.read_weight(opened.model, self.workspace, holder))
+        return read_matrix(opened.model, self.workspace, path, self.skeleton(opened.model))
+
+    def weight_svd(self, opened: Opened, path: str) -> WeightSVD:
+        """Returns the whole SVD of W of one matrix; seconds for a large one, the first time.
+
+        Raises:
+            LoRAError: As of `weight`.
+        """
+        key = (opened.model, path)
+        return self._keep(
+            "svd", key, lambda: weight_svd(self.weight(opened, path), self.workspace.cache / "svd"), most=2
+        )
+
+    def vocabulary(self, model: str, side: str) -> tuple[Vocabulary, float]:
+        """Returns the vectors of a model's tokens, as they are read or written, and chance's largest cosine with them.
+
+        Raises:
+            LoRAError: The model has none, or they cannot be read.
+        """
+
+        def make() -> tuple[Vocabulary, float]:
+            found = vocabulary(self.skeleton(model), model, self.workspace, side)
+            return found, found.chance()
+
+        return self._keep("vocabulary", (model, side), make, most=2)
+
+    def amplifications(self, opened: Opened) -> Iterator[dict[str, Amplification | LoRAError | None]]:
+        """Yields, matrix by matrix, path → how its ΔW lies towards W; what is known is kept, so it may be stopped.
+
+        None stands where ΔW = 0, an error where W cannot be read.
+
+        Raises:
+            LoRAError: The base model is not at hand.
+        """
+        known = self._keep("amplification", opened.key, dict, most=4)
+        for path, (_, found) in self.spectra(opened).items():
+            if path not in known:
+                try:
+                    known[path] = amplification(found, self.weight(opened, path))
+                except LoRAError as error:
+                    if opened.model is None:
+                        raise
+                    known[path] = error  # such as of an expert whose stack is stored in pieces
+            yield known
 
     def engine(self, run: Run) -> Engine:
         """Returns the chat engine of a run: its base model, its adapter, and the merged twin."""
@@ -206,12 +252,12 @@ class Studio:
             run = self.runs.get(source.run)
             at = "" if source.step is None else f", step {source.step}"
             folder = run.adapter_folder if source.step is None else run.checkpoints.at(source.step)
-            return Opened(run.spec.name + at, Adapter.load(folder), run.spec.model, run, key)
+            return Opened(source, run.spec.name + at, Adapter.load(folder), run.spec.model, run, key)
         adapter = Adapter.load(source.path, scaling=source.scaling, parts=source.parts or None)
         if source.model:
             self.check_model(source.model)
             adapter.check_fit(self.skeleton(source.model))
-        return Opened(Path(source.path).name, adapter, source.model or self._model_of(adapter), None, key)
+        return Opened(source, Path(source.path).name, adapter, source.model or self._model_of(adapter), None, key)
 
     def _model_of(self, adapter: Adapter) -> str | None:
         """Returns the base model that an adapter names, where it is here: nothing is fetched without being asked."""
@@ -272,4 +318,5 @@ class Studio:
 
 
 def _spectra_of(adapter: Adapter) -> dict[str, tuple[Factors, Spectrum]]:
-    return {path: (f, spectrum(f)) for path, f in adapter.factors.items()}
+    found = spectra(adapter.factors)
+    return {path: (f, found[path]) for path, f in adapter.factors.items()}

@@ -117,6 +117,73 @@ def test_truncation_by_energy_keeps_that_share_with_the_fewest_directions(adapte
             assert kept >= energy * found.norm**2 * (1 - 1e-5)
 
 
+@quick
+@given(adapters(), st.integers(1, 9))
+def test_pooled_truncation_is_the_nearest_of_all_with_as_many_directions(adapter, directions):
+    """Nearest over the block-diagonal matrix of all ΔW together, whose SVD is theirs."""
+    cut = truncate(adapter, directions=directions)
+    whole = torch.block_diag(*[dense(adapter, path) for path in adapter.factors])
+    sigma = torch.linalg.svdvals(whole)
+    assert sum(cut.ranks.values()) == min(directions, sum(len(spectrum(f).sigma) for f in adapter.factors.values()))
+    least = float(torch.linalg.vector_norm(sigma[directions:]))
+    assert math.hypot(*cut.errors.values()) == pytest.approx(least, rel=1e-6, abs=1e-9)
+    for path in adapter.factors:
+        error = dense(adapter, path) - dense(cut.adapter, path)
+        assert float(error.norm()) == pytest.approx(cut.errors[path], rel=1e-4, abs=1e-5)
+    uniform = truncate(adapter, rank=1)
+    assert truncate(adapter, rank=1, pooled=True).relative_error <= uniform.relative_error + 1e-9
+    assert set(cut.adapter.factors) == {path for path, r in cut.ranks.items() if r}
+
+
+@quick
+@given(adapters(), st.floats(0.05, 1))
+def test_pooled_truncation_by_energy_keeps_that_share_of_the_whole_with_the_fewest(adapter, energy):
+    cut = truncate(adapter, energy=energy, pooled=True)
+    kept = sum(cut.ranks.values())
+    assert cut.energy >= energy * (1 - 1e-9)
+    assert kept <= sum(truncate(adapter, energy=energy).ranks.values())
+    if norm(adapter) and kept > 1:
+        assert truncate(adapter, directions=kept - 1).energy < energy
+
+
+@quick
+@given(adapters(), st.data())
+def test_chosen_directions_are_kept_and_the_rest_stays(adapter, data):
+    path = data.draw(st.sampled_from(list(adapter.factors)))
+    found = spectrum(adapter.factors[path])
+    num = len(found.sigma)
+    chosen = data.draw(st.lists(st.integers(0, num - 1), unique=True, min_size=len(adapter.factors) == 1))
+    cut = truncate(adapter, keep={path: chosen})
+    expected = found.U[:, chosen] * found.sigma[chosen] @ found.V[:, chosen].T
+    torch.testing.assert_close(dense(cut.adapter, path), expected, rtol=1e-4, atol=1e-5)
+    lost = [s for i, s in enumerate(found.sigma.tolist()) if i not in chosen]
+    assert cut.errors[path] == pytest.approx(math.hypot(*lost), rel=1e-9)
+    for other in adapter.factors.keys() - {path}:
+        assert cut.adapter.factors[other] is adapter.factors[other] and cut.errors[other] == 0
+    assert cut.ranks[path] == len(chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_error_of_a_half_precision_adapter_counts_the_rounding_of_its_new_factors(dtype):
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((4, 30), (40, 4)))
+    adapter = Adapter(LoRAConfig(), {"a": Factors(A, B, 0.5)})
+    cut = truncate(adapter, rank=4)
+    (new,) = cut.adapter.factors.values()
+    assert new.A.dtype == dtype
+    true = (0.5 * B.double() @ A.double() - new.B.double() @ new.A.double()).norm().item()
+    assert cut.errors["a"] == pytest.approx(true, rel=1e-9) and 1e-4 < cut.relative_error < 1e-2
+
+
+def test_pooling_an_adapter_that_is_zero_leaves_one_direction():
+    zero = Adapter(LoRAConfig(), {"a": Factors(torch.ones(2, 5), torch.zeros(7, 2), 1.0), "b": ZERO_B})
+    cut = truncate(zero, energy=0.9, pooled=True)
+    assert sum(cut.ranks.values()) == 1 and (cut.relative_error, cut.energy) == (0.0, 1.0)
+
+
+ZERO_B = Factors(torch.ones(2, 9), torch.zeros(4, 2), 1.0)
+
+
 # Far below, the sum's factors are numbers that float32 holds with fewer digits, or not at all.
 weights = st.floats(-3, 3).filter(lambda weight: weight == 0 or abs(weight) > 1e-6)
 
@@ -247,10 +314,21 @@ DORA = replace(ONE, magnitudes={"a": torch.ones(7)})
             lambda: weighted_sum([replace(ONE, trained_in_full={"h": torch.ones(1)})], [1]),
             r"some have h trained in full",
         ),
-        (lambda: truncate(ONE), r"`rank` \(=None\) or `energy` \(=None\) must be given"),
-        (lambda: truncate(ONE, rank=1, energy=0.5), r"must be given, and not both"),
+        (lambda: truncate(ONE), r"One of `rank` \(=None\), `energy` .*, `keep` \(=None\) must be given, and not more"),
+        (
+            lambda: truncate(ONE, rank=1, energy=0.5),
+            r"`rank` \(=1\), `energy` \(=0.5\), .* must be given, and not more",
+        ),
+        (lambda: truncate(ONE, directions=0), r"`directions` \(=0\) must be at least 1"),
+        (lambda: truncate(ONE, keep={}, pooled=True), r"`pooled` \(=True\) must come with `rank` or `energy`"),
+        (lambda: truncate(ONE, keep={"a": [1], "b": []}), r"b is no matrix of the adapter; a has directions 0 to 0"),
+        (lambda: truncate(ONE, keep={"a": [0, 0]}), r"a has directions 0 to 0, each once, not \[0, 0\]"),
+        (lambda: truncate(ONE, keep={"a": []}), r"`keep` must name directions of the adapter: nothing is kept"),
+        (lambda: truncate(ONE, energy=1.5, pooled=True), r"`share` \(=1.5\) must be above 0 and at most 1"),
         (lambda: truncate(ONE, rank=0), r"`rank` \(=0\) must be at least 1"),
         (lambda: truncate(ONE, energy=1.5), r"`share` \(=1.5\) must be above 0 and at most 1"),
+        (lambda: DORA.with_factors(ONE.factors), r"must not be one of DoRA's"),
+        (lambda: ONE.with_factors({}), r"`factors` must hold at least one matrix"),
         (lambda: truncate(DORA, rank=1), r"DoRA's: its ΔW is not of low rank"),
     ],
 )

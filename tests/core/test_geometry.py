@@ -3,8 +3,25 @@ import math
 import pytest
 import torch
 
-from core import Amplification, Factors, LoRAConfig, LoRAError, amplification, geometry, inject, lora_layers
-from core.geometry import subspace_similarity
+from core import (
+    Amplification,
+    Factors,
+    LoRAConfig,
+    LoRAError,
+    alignment,
+    amplification,
+    basis_of,
+    inject,
+    lora_layers,
+    principal_angles,
+    row_norms,
+    similarity_null,
+    spectrum,
+    subspace_similarity,
+    top_svd,
+    weight_svd,
+    weights,
+)
 
 M, N = 48, 32
 DIRECTIONS = ["delta", "weight", "random"]
@@ -173,7 +190,8 @@ def test_table_7_of_the_paper(r, delta_norm, projected, null, factor, enrichment
     assert found.factor == pytest.approx(factor, rel=0.005)
     assert found.enrichment == pytest.approx(enrichment, rel=0.005)
     # A random ΔW of the same norm would have amplified more than the trained one.
-    assert Amplification(r, delta_norm, 61.95, null_here, null_here).factor == pytest.approx(of_chance, rel=0.005)
+    assert found.null_factor == pytest.approx(of_chance, rel=0.005)
+    assert found.null_factor == pytest.approx(found.factor * found.enrichment, rel=1e-12)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
@@ -182,10 +200,10 @@ def test_a_large_W_takes_the_randomized_path_to_the_same_top(monkeypatch, power)
     sigma = torch.arange(1, 101, dtype=torch.float64) ** -power
     W = U * sigma @ V.T
     factors = gaussian(8, 120, 100)
-    monkeypatch.setattr(geometry, "EXACT_SVD_LIMIT", 100)
+    monkeypatch.setattr(weights, "EXACT_SVD_LIMIT", 100)
     exact = amplification(factors, W, 8, "weight")
     assert exact.projected_norm == pytest.approx(math.sqrt(sigma[:8].square().sum()), rel=1e-12)
-    monkeypatch.setattr(geometry, "EXACT_SVD_LIMIT", 99)
+    monkeypatch.setattr(weights, "EXACT_SVD_LIMIT", 99)
     state = torch.get_rng_state()
     found = [amplification(factors, W, 8, "weight") for _ in range(2)]
     assert found[0] == found[1] != exact
@@ -263,3 +281,173 @@ def test_phi_takes_low_precision_and_another_number_of_columns():
 def test_subspaces_of_different_spaces_have_no_similarity():
     with pytest.raises(LoRAError, match=r"`U2` \(=\(21, 3\)\) must have as many rows as `U1` \(=\(20, 5\)\)"):
         subspace_similarity(orthonormal(20, 5), orthonormal(21, 3))
+
+
+def test_the_null_of_phi_is_the_mean_over_random_subspaces():
+    null = similarity_null(40, 3, 8)
+    draws = torch.stack(
+        [subspace_similarity(orthonormal(40, 3, 2 * s), orthonormal(40, 8, 2 * s + 1)) for s in range(400)]
+    )
+    torch.testing.assert_close(draws.mean(0), null, rtol=0.2, atol=0)
+    assert null[2, 7].item() == 8 / 40 and null[0, 0].item() == 1 / 40
+    assert similarity_null(768, 8, 64)[7, 63].item() == pytest.approx(0.0833, abs=5e-5)
+    assert torch.equal(null, similarity_null(40, 8, 3).T)
+
+
+def test_a_space_has_no_more_directions_than_dimensions():
+    assert similarity_null(8, 8, 2)[7, 0].item() == 1
+    with pytest.raises(LoRAError, match=r"`dim` \(=7\) must be at least the number of columns, 8"):
+        similarity_null(7, 8, 2)
+
+
+# Directions of an update.
+
+
+def dense_basis(factors, basis):
+    A, B = factors.A.double(), factors.B.double()
+    X, side = {"A-right": (A, 2), "B-left": (B, 0), "delta-left": (B @ A, 0), "delta-right": (B @ A, 2)}[basis]
+    return (
+        torch.linalg.svd(X, full_matrices=False)[side].mT if side == 2 else torch.linalg.svd(X, full_matrices=False)[0]
+    )
+
+
+BASES = ["A-right", "B-left", "delta-left", "delta-right"]
+
+
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_basis_has_the_directions_of_the_dense_matrix_strongest_first(basis, dtype):
+    exact = gaussian(4)
+    factors = Factors(exact.A.to(dtype), exact.B.to(dtype), 0.5)
+    U = basis_of(factors, basis)
+    assert U.dtype == torch.float64 and U.shape == ((N, 4) if basis.endswith("right") else (M, 4))
+    torch.testing.assert_close(U.T @ U, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-12)
+    cosines = (U * dense_basis(factors, basis)[:, :4]).sum(0).abs()
+    torch.testing.assert_close(cosines, torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_the_directions_of_A_are_not_those_of_delta_but_span_the_same():
+    factors = gaussian(4)
+    phi = subspace_similarity(basis_of(factors, "A-right"), basis_of(factors, "delta-right"))
+    assert phi[0, 0] < 0.99
+    assert phi[3, 3].item() == pytest.approx(1, abs=1e-12)
+
+
+def test_null_directions_are_left_out():
+    """QR of a zero gives e₁, e₂, … as if they were learned."""
+    untrained = Factors(normal(4, N), torch.zeros(M, 4), 2.0)
+    assert {b: basis_of(untrained, b).shape[1] for b in BASES} == {
+        "A-right": 4,
+        "B-left": 0,
+        "delta-left": 0,
+        "delta-right": 0,
+    }
+    factors = gaussian(4)
+    factors.B[:, 3] = factors.B[:, 2]
+    assert {b: basis_of(factors, b).shape[1] for b in BASES} == dict(zip(BASES, (4, 3, 3, 3), strict=True))
+    assert subspace_similarity(basis_of(untrained, "B-left"), basis_of(factors, "B-left")).shape == (0, 3)
+
+
+def test_directions_in_a_slice_s_unread_inputs_do_not_appear():
+    factors = gaussian(3)
+    factors.A[:, :10] = 0
+    assert basis_of(factors, "delta-right")[:10].abs().max() < 1e-14
+
+
+def test_one_seed_makes_A_of_two_ranks_look_alike_only_where_they_share_a_generator(build):
+    """The trap: A of r = 2 drawn as the first rows of A of r = 8. Matrices here draw from generators of their own."""
+    A = [torch.nn.init.kaiming_uniform_(torch.empty(r, N), generator=torch.Generator().manual_seed(0)) for r in (2, 8)]
+    trapped = [basis_of(Factors(X, torch.zeros(M, len(X)), 1.0), "A-right") for X in A]
+    assert subspace_similarity(*trapped)[1, 7].item() == pytest.approx(1, abs=1e-12)
+
+    def A_right(r):
+        model = build("llama")
+        inject(model, LoRAConfig(r=r, target_modules=("q_proj",)), seed=0)
+        return basis_of(next(iter(lora_layers(model).values())).factors, "A-right")
+
+    assert subspace_similarity(A_right(2), A_right(8))[1, 7] < 2 * similarity_null(32, 2, 8)[1, 7]
+
+
+def test_there_is_no_other_basis():
+    with pytest.raises(
+        LoRAError, match=r"`basis` \(='A-left'\) must be one of A-right, B-left, delta-left, delta-right"
+    ):
+        basis_of(gaussian(), "A-left")
+
+
+# Principal angles.
+
+
+@pytest.mark.parametrize("theta", [0.0, 1e-12, 1e-8, 1e-4, 0.3, math.pi / 4, 1.5, math.pi / 2])
+def test_an_angle_is_found_whether_it_is_small_or_large(theta):
+    Q = orthonormal(20, 6)
+    U1 = Q[:, :3] @ orthonormal(3, 3, seed=1)
+    turned = Q[:, :3].clone()
+    turned[:, 0] = math.cos(theta) * Q[:, 0] + math.sin(theta) * Q[:, 4]
+    angles = principal_angles(U1, turned @ orthonormal(3, 3, seed=2))
+    assert angles[-1].item() == pytest.approx(theta, rel=1e-3, abs=2e-15)
+    assert angles[:2].abs().max() < 1e-14 or theta == 0
+
+
+def test_angles_rise_and_give_phi_and_do_not_see_the_order():
+    U1, U2 = orthonormal(20, 5), orthonormal(20, 7, seed=1)
+    angles = principal_angles(U1, U2)
+    assert angles.shape == (5,) and (angles.diff() >= 0).all()
+    torch.testing.assert_close(angles, principal_angles(U2, U1), rtol=1e-10, atol=1e-12)
+    assert angles.cos().square().mean().item() == pytest.approx(subspace_similarity(U1, U2)[4, 6].item(), rel=1e-12)
+    assert principal_angles(U1, U2[:, :0]).shape == (0,)
+    with pytest.raises(LoRAError, match=r"`U2` \(=\(21, 3\)\) must have as many rows as `U1`"):
+        principal_angles(U1, orthonormal(21, 3))
+
+
+# Towards W.
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_alignment_is_the_cosine_with_each_of_W_s_top_directions(W, side):
+    factors = gaussian(4)
+    U, _, Vh = torch.linalg.svd(factors.B @ factors.A)
+    X, _, Yh = torch.linalg.svd(W)
+    mine, its = (U[:, :4], X[:, :7]) if side == "left" else (Vh[:4].T, Yh[:7].T)
+    found = alignment(factors, weight_svd(W), 7, side=side)
+    torch.testing.assert_close(found.cosines, (mine.T @ its).abs(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.similarity, subspace_similarity(mine, its), rtol=0, atol=1e-10)
+    assert found.null[3, 6].item() == 7 / (M if side == "left" else N)
+    top = alignment(spectrum(factors), top_svd(W, 7), side=side)
+    assert top.cosines.shape == (4, 4)  # a tenth of 32
+    torch.testing.assert_close(top.cosines, found.cosines[:, :4], rtol=0, atol=1e-10)
+
+
+def test_a_delta_made_of_W_s_own_directions_is_aligned_with_them_and_zero_with_nothing(W):
+    svd = weight_svd(W)
+    own = Factors(svd.V[:, 2:4].T, svd.U[:, 2:4] * svd.sigma[2:4], 1.0)
+    expected = torch.zeros(2, 5, dtype=torch.float64)
+    expected[0, 2] = expected[1, 3] = 1
+    torch.testing.assert_close(alignment(own, svd, 5).cosines, expected, rtol=0, atol=1e-12)
+    nothing = alignment(Factors(normal(4, N), torch.zeros(M, 4), 1.0), svd, 5)
+    assert nothing.cosines.shape == nothing.similarity.shape == nothing.null.shape == (0, 5)
+
+
+def test_alignment_says_what_does_not_fit(W):
+    with pytest.raises(LoRAError, match=r"`svd` \(=\(32, 48\)\) must be that of a weight of ΔW's shape, \(48, 32\)"):
+        alignment(gaussian(), weight_svd(W.T))
+    with pytest.raises(LoRAError, match=r"`q` \(=8\) must be from 1 to 7, the directions of W at hand"):
+        alignment(gaussian(), top_svd(W, 7), 8)
+    with pytest.raises(LoRAError, match=r"`side` \(='top'\) must be one of left, right"):
+        alignment(gaussian(), top_svd(W, 7), side="top")
+
+
+@pytest.mark.parametrize("scaling", [0.0, 0.5, 1e-6, 1e3])
+def test_row_norms_of_the_sum_come_from_the_factors(W, scaling):
+    factors = gaussian(4, scaling=scaling)
+    expected = (W + scaling * factors.B @ factors.A).norm(dim=1)
+    torch.testing.assert_close(row_norms(W, factors), expected, rtol=1e-12, atol=0)
+    assert row_norms(W.bfloat16(), factors).dtype == torch.float64
+    with pytest.raises(LoRAError, match=r"`W` \(=\(32, 48\)\) must have the shape of ΔW"):
+        row_norms(W.T, factors)
+
+
+def test_a_spectrum_serves_as_well_as_its_factors(W):
+    factors = gaussian()
+    for directions in DIRECTIONS:
+        assert amplification(spectrum(factors), W, 2, directions) == amplification(factors, W, 2, directions)

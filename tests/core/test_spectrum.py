@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core import Factors, LoRAError, Spectrum, random_sigma, spectrum
+from core import Factors, LoRAError, Spectrum, random_sigma, spectra, spectrum
 
 SHAPES = [(40, 24, 4), (24, 40, 4), (16, 16, 16), (30, 20, 1), (1, 9, 1), (9, 1, 1), (5, 7, 9), (12, 6, 8)]
 
@@ -256,3 +256,33 @@ def test_a_spectrum_keeps_what_it_is_given():
     assert found.norm == pytest.approx(math.sqrt(5))
     with pytest.raises(dataclasses.FrozenInstanceError):
         found.sigma = torch.ones(2)
+
+
+def test_participation_ratio_counts_equal_directions_and_is_that_of_its_formula():
+    assert spectrum(with_sigma([3.0] * 5)).participation_ratio == pytest.approx(5, rel=1e-12)
+    assert spectrum(with_sigma([2.0, 1.0])).participation_ratio == pytest.approx(25 / 17, rel=1e-12)
+    assert spectrum(Factors(normal(2, 5), torch.zeros(6, 2), 1.0)).participation_ratio == 0
+
+
+def test_many_spectra_at_once_are_those_of_each_alone(monkeypatch):
+    monkeypatch.setitem(spectra.__globals__, "BATCH_NUMEL", 4 * 64 * 3)  # three of the first shape at a time
+    factors = {f"{i}.{j}": gaussian(m, n, r, seed=i) for i in range(5) for j, (m, n, r) in enumerate(SHAPES)}
+    factors["zero"] = Factors(normal(4, 24), torch.zeros(40, 4), 1.0)
+    factors["low"] = Factors(factors["0.0"].A.bfloat16(), factors["0.0"].B.bfloat16(), 3.0)
+    found = spectra(factors)
+    assert list(found) == list(factors)
+    for path, f in factors.items():
+        alone = spectrum(f)
+        torch.testing.assert_close(found[path].sigma, alone.sigma, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found[path].U, alone.U, rtol=0, atol=1e-12)
+    assert found["zero"].rank == 0 and spectra({}) == {}
+    factors["4.0"].B[0, 0] = math.nan
+    with pytest.raises(LoRAError, match="`factors` must be finite"):
+        spectra(factors)
+
+
+def test_a_spectrum_stays_as_it_was_when_its_factors_train_on():
+    factors = gaussian(20, 30, 4)
+    found, U = spectrum(factors), spectrum(factors).U
+    factors.B.zero_()
+    assert torch.equal(found.U, U)

@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from studio.state import Studio
-from studio.tabs.spectrum import chooser, matrix, overview
+from studio.tabs.spectrum import chooser, matrix, overview, reading
 from studio.tabs.spectrum.frame import PRIVATE, Frame
 
 
@@ -19,5 +19,7 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
             overview.build(frame, tab)
         with gr.Tab("One matrix", id="matrix") as tab:
             matrix.build(frame, tab)
+        with gr.Tab("Reads and writes", id="reading") as tab:
+            reading.build(frame, tab)
     is_open: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
     source.change(lambda place: gr.Column(visible=place is not None), source, body, **is_open)

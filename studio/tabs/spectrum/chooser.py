@@ -88,7 +88,7 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any]:
             open_it = gr.Button("Open", variant="primary", elem_id="open-files")
             back = gr.Button("Back to the run above")
 
-    def of_run(run: str) -> Any:
+    def of_run(run: str | None) -> Any:
         if not run or not studio.runs.get(run).has_adapter:
             return None, theme.said("No adapter yet. Train one, and this page shows what it learned."), gr.skip()
         return look(Source(run), None)
@@ -101,9 +101,9 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any]:
         return place, about(opened), gr.Dropdown(choices=list(spectra), value=chosen)
 
     def follow(run: str | None, place: Any, chosen: str | None) -> Any:
-        if place is not None and not place[0].run:  # files stay open while runs come and go
-            return gr.skip(), gr.skip(), gr.skip()
-        return look(Source(run), chosen) if run and place and place[0].run == run else of_run(run)
+        if place is not None and place[0].run in ("", run):  # the tab was left and is seen again
+            return look(place[0], chosen)
+        return of_run(run)
 
     def read_again(run: str | None, place: Any, chosen: str | None) -> Any:
         return of_run(run) if place is None else look(place[0], chosen)
@@ -119,7 +119,8 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any]:
 
     shown = [source, said, matrix]
     hidden = {"show_progress": "hidden", **PRIVATE}
-    gr.on([selected, run_id.change], studio.guard(follow), [run_id, source, matrix], shown, **hidden)
+    selected(studio.guard(follow), [run_id, source, matrix], shown, **hidden)
+    run_id.change(studio.guard(of_run), run_id, shown, **hidden)
     again.click(studio.guard(read_again), [run_id, source, matrix], shown, **hidden)
     upload.upload(studio.guard(take), upload, path, **PRIVATE)
     open_it.click(studio.guard(open_files), [path, scaling, parts, model], shown, **PRIVATE)
