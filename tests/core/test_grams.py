@@ -2,6 +2,7 @@
 
 import math
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -65,15 +66,16 @@ def test_no_factors_have_no_sigma():
     assert quick_sigma([]) == []
 
 
-def config(**values) -> TrainConfig:
-    return TrainConfig(**({"steps": 7, "warmup_steps": 0, "learning_rate": 0.01, "spectrum_every": 3} | values))
+def config(**values: Any) -> TrainConfig:
+    usual: dict[str, Any] = {"steps": 7, "warmup_steps": 0, "learning_rate": 0.01, "spectrum_every": 3}
+    return TrainConfig(**(usual | values))
 
 
 @pytest.fixture
 def training(build, make_batch):
-    def make(lora=None, **values):
-        model = build("llama")
-        inject(model, LoRAConfig(**({"r": 3} | (lora or {}))))
+    def make(lora: dict[str, Any] | None = None, **values: Any):
+        model, usual = build("llama"), {"r": 3}
+        inject(model, LoRAConfig(**(usual | (lora or {}))))
         batches = [make_batch((3, 6), seed=step) for step in range(7)]
         return model, train(model, batches, config(**values))
 

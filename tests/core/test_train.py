@@ -83,6 +83,13 @@ def test_the_loss_falls(adapted, make_batch, name):
     assert evaluate(model, [batch]).loss < events[-1].loss + 0.05
 
 
+def test_a_model_that_is_not_adapted_nor_frozen_can_be_evaluated(build, make_batch):
+    model, batch = build("llama"), make_batch((2, 1, 3))
+    model.requires_grad_(True)
+    expected = full_logits_losses(model, batch).mean().item()
+    assert evaluate(model, [batch]).loss == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_base_is_unchanged_bit_for_bit(adapted, batches, name):
     model = adapted(name)
