@@ -1,0 +1,67 @@
+"""What an adapter of fewer directions costs: measured losses against how many are kept."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+
+from studio.figures.style import Plot, add_legend, array, finished, new_figure, sentence_figure, style_axes, ticks
+from studio.palette import ADAPTED, ADAPTED_SOFT, BASE, CHANCE
+
+Series = Mapping[str, Sequence[tuple[float, float | None, float]]]
+"""Name → (directions kept a matrix, loss on the task or None, loss on general text), in order."""
+
+_STYLES = (
+    {"color": ADAPTED, "marker": "o", "linestyle": "-"},
+    {"color": ADAPTED_SOFT, "marker": "s", "linestyle": "-."},
+    {"color": CHANCE, "marker": "x", "linestyle": "--"},
+)
+"""Of the strongest of each matrix, the strongest of all together, and random ones: the level of chance."""
+
+
+def rank_loss_figure(
+    series: Series, *, base: tuple[float | None, float] | None, full: tuple[float | None, float] | None
+) -> Plot:
+    """Returns the loss on the task, and on general text below it, against how many directions are kept.
+
+    Args:
+        series: The curves, at most three.
+        base: The losses of the base model alone, if they are known yet.
+        full: Those of the whole adapter.
+    """
+    title = "Measured loss against directions kept"
+    known = [point for points in series.values() for point in points]
+    if not known and base is None and full is None:
+        return sentence_figure(title, "Nothing is measured yet.")
+    has_task = any(p[1] is not None for p in known) or any(one is not None and one[0] is not None for one in (base, full))
+    figure = new_figure(title, 330 if has_task else 200)
+    parts = figure.subplots(1 + has_task, 1, sharex=True, squeeze=False).flatten()
+    names = ["held-out rows" * has_task, "general text"][0 if has_task else 1 :]
+    for place, (axes, name) in enumerate(zip(parts, names, strict=True)):
+        which = place if has_task else 1
+        style_axes(axes, "directions kept a matrix" if place == len(parts) - 1 else "", f"loss, {name}")
+        _draw(axes, series, which, base, full)
+        axes.xaxis.set_major_locator(ticks(10, whole=True))
+        axes.margins(x=0.04)
+    add_legend(parts[0])
+    figure.align_ylabels()
+    return finished(figure)
+
+
+def _draw(
+    axes: Axes,
+    series: Series,
+    which: int,
+    base: tuple[float | None, float] | None,
+    full: tuple[float | None, float] | None,
+) -> None:
+    for (name, points), style in zip(series.items(), _STYLES, strict=False):
+        seen = [(k, values[which]) for k, *values in points if values[which] is not None]
+        axes.plot(
+            array([k for k, _ in seen]), array([y for _, y in seen]), linewidth=1.6, markersize=4.5, label=name, **style
+        )
+    for one, words, style in (
+        (base, "base model", {"color": BASE, "linestyle": ":"}),
+        (full, "whole adapter", {"color": ADAPTED, "linestyle": ":"}),
+    ):
+        if one is not None and one[which] is not None:
+            axes.axhline(float(one[which] or 0), linewidth=1.5, label=words, **style)
