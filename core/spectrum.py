@@ -141,7 +141,12 @@ def _sigma(alike: Sequence[Factors]) -> Tensor:
     # A NaN or an infinity anywhere in a factor is one in its triangle, too.
     if not torch.isfinite(R).all():
         raise LoRAError("`factors` must be finite; this adapter holds NaN or infinity, so its training diverged.")
-    return torch.linalg.svdvals(torch.tensor([f.scaling for f in alike], dtype=torch.float64)[:, None, None] * R)
+    scaling = torch.tensor([f.scaling for f in alike], dtype=torch.float64)[:, None]
+    sigma = torch.linalg.svdvals(scaling[..., None] * R)
+    # Where terms cancel, as B·A − B0·A0 before training, what is left is the rounding of terms of this size.
+    size = (torch.linalg.vector_norm(B, dim=1) * torch.linalg.vector_norm(A, dim=2)).sum(1, keepdim=True)
+    rounding = 4 * A.shape[1] * torch.finfo(torch.float64).eps * scaling.abs() * size
+    return torch.where(sigma > rounding, sigma, 0.0)
 
 
 def _copy(f: Factors) -> Factors:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import Failed, LoRAConfig, LoRAError, TrainConfig, gpus, resolve_device, settings
+from studio import analysis
 from studio.workspace import Workspace
 
 if TYPE_CHECKING:
     from studio.doors import Account
     from studio.probe import Probe
-    from studio.runs import Run, Runs
+    from studio.runs import Run
     from studio.specs import RunSpec
 
 
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--probe", action="store_true", help="also take a few real steps on the longest rows of the data")
     _add_spec(plan, nargs="?")
     commands_for_runs(command)
+    analysis.add_commands(command)
     devices = command("devices", _devices, "List the GPUs of this machine, and how much memory is free on each.")
     devices.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
     demo = command("demo", _demo, "Train the starter model on a starter data set and show what changed.")
@@ -229,17 +231,6 @@ def _spec(args: argparse.Namespace) -> "RunSpec":
     return RunSpec.from_dict(spec)
 
 
-def _find(runs: "Runs", beginning: str) -> "Run":
-    found = [run for run in runs.list() if run.id.startswith(beginning)]
-    exact = [run for run in found if run.id == beginning]
-    if len(exact or found) != 1:
-        raise LoRAError(
-            f"`RUN` (={beginning!r}) must be, or begin like, the id of one run, not of {len(found)}; "
-            "`lora-studio runs` lists them."
-        )
-    return (exact or found)[0]
-
-
 def _print_runs(listed: "list[Run]", *, as_json: bool) -> int:
     from studio.remedies import remedies
 
@@ -280,7 +271,7 @@ def _end(args: argparse.Namespace, workspace: Workspace) -> int:
     from studio.runs import Runs
 
     runs = Runs(workspace)
-    run = _find(runs, args.run_id)
+    run = runs.find(args.run_id)
     if run.status == "queued":
         jobs.cancel(runs, run)
     elif run.status != "running":
@@ -300,7 +291,7 @@ def _resume(args: argparse.Namespace, workspace: Workspace) -> int:
     from studio.runs import Runs
 
     runs = Runs(workspace)
-    run = _find(runs, args.run_id)
+    run = runs.find(args.run_id)
     if args.remedy is not None:
         offered = remedies(run)
         if args.further is not None or not 1 <= args.remedy <= len(offered):
@@ -330,9 +321,9 @@ def _queue(args: argparse.Namespace, workspace: Workspace) -> int:
         beginning, by = args.move
         if not re.fullmatch(r"[+-]?\d{1,9}", by):
             raise LoRAError(f"`--move` (={by!r}) must be given a whole number of places, such as -1.")
-        jobs.move(runs, _find(runs, beginning), int(by))
+        jobs.move(runs, runs.find(beginning), int(by))
     if args.cancel:
-        jobs.cancel(runs, _find(runs, args.cancel))
+        jobs.cancel(runs, runs.find(args.cancel))
     return _print_runs(runs.queued(), as_json=args.json)
 
 

@@ -142,13 +142,6 @@ def recipe(opened: Opened, workspace: Workspace, *lines: str, name: str = "adapt
         lines: Further code; imports included, but for `Adapter` and `Workspace`.
         name: The variable that holds the adapter.
     """
-    source = opened.source
-    if source.run:
-        part = "adapter" if source.step is None else f"checkpoints/{source.step:08d}"
-        place, more = f"workspace.root / {f'runs/{source.run}/{part}'!r}", ""
-    else:
-        place = repr(source.path)
-        more = "".join(f", {key}={value!r}" for key in ("scaling", "parts") if (value := getattr(source, key)))
     root = workspace.root
     home = Path.home()
     shown = f"~/{root.relative_to(home)}" if root.is_relative_to(home) else str(root)
@@ -158,7 +151,17 @@ def recipe(opened: Opened, workspace: Workspace, *lines: str, name: str = "adapt
         "",
         f"workspace = Workspace({shown!r})  # where the studio keeps what it writes; change it if that has moved",
     ]
-    return "\n".join([*first, f"{name} = Adapter.load({place}{more})", *lines])
+    return "\n".join([*first, loading(opened, name), *lines])
+
+
+def loading(opened: Opened, name: str) -> str:
+    """Returns the line that reads an adapter as `name`."""
+    source = opened.source
+    if source.run:
+        part = "adapter" if source.step is None else f"checkpoints/{source.step:08d}"
+        return f"{name} = Adapter.load(workspace.root / {f'runs/{source.run}/{part}'!r})"
+    more = "".join(f", {key}={value!r}" for key in ("scaling", "parts") if (value := getattr(source, key)))
+    return f"{name} = Adapter.load({source.path!r}{more})"
 
 
 def notebook(title: str, maths: str, code: str) -> bytes:

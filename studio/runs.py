@@ -303,6 +303,21 @@ class Runs:
             self._known[run_id] = Run(folder)
         return self._known[run_id]
 
+    def find(self, beginning: str) -> Run:
+        """Returns the run whose id is, or begins like, `beginning`.
+
+        Raises:
+            LoRAError: There is none, or more than one.
+        """
+        found = [run for run in self.list() if run.id.startswith(beginning)]
+        exact = [run for run in found if run.id == beginning]
+        if len(exact or found) != 1:
+            raise LoRAError(
+                f"`RUN` (={beginning!r}) must be, or begin like, the id of one run, not of {len(found)}; "
+                "`lora-studio runs` lists them."
+            )
+        return (exact or found)[0]
+
     def list(self) -> list[Run]:
         """Returns all runs, the newest first."""
         names = {entry.name for entry in os.scandir(self.workspace.runs) if _ID.fullmatch(entry.name)}

@@ -28,7 +28,7 @@ from core import (
     spectra,
     weight_svd,
 )
-from studio import data, hub, jobs, models, sweeps
+from studio import comparing, data, hub, jobs, models, sweeps
 from studio.chat import Engine
 from studio.checkpoints import ADAPTER_FILES
 from studio.history import Shown
@@ -155,6 +155,15 @@ class Studio:
         return self._keep(
             "svd", key, lambda: weight_svd(self.weight(opened, path), self.workspace.cache / "svd"), most=2
         )
+
+    def pairs(self, first: Opened, second: Opened, basis: comparing.Basis) -> dict[str, comparing.Pair]:
+        """Returns path → what that matrix has in two adapters.
+
+        Raises:
+            LoRAError: They have none in common.
+        """
+        key = (first.key, second.key, basis)
+        return self._keep("pairs", key, lambda: comparing.pairs(first.adapter, second.adapter, basis), most=4)
 
     def vocabulary(self, model: str, side: str) -> tuple[Vocabulary, float]:
         """Returns the vectors of a model's tokens, as they are read or written, and chance's largest cosine with them.

@@ -8,4 +8,5 @@ Nothing here touches matplotlib's global state for drawing: every figure is a `F
 from studio.figures.heat import heat_figure
 from studio.figures.loss import loss_figure
 from studio.figures.spectra import profile_figure, sigma_figure
+from studio.figures.subspaces import intruder_figure, similarity_figure
 from studio.figures.weights import alignment_figure, weight_figure

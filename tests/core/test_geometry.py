@@ -451,3 +451,11 @@ def test_a_spectrum_serves_as_well_as_its_factors(W):
     factors = gaussian()
     for directions in DIRECTIONS:
         assert amplification(spectrum(factors), W, 2, directions) == amplification(factors, W, 2, directions)
+
+
+@pytest.mark.parametrize("r", [4, 16])
+def test_one_random_draw_strays_from_the_null_by_one_part_in_root_two_r(r):
+    W = normal(64, 64)
+    draws = [amplification(gaussian(r, 64, 64), W, r, "random", seed=seed).enrichment for seed in range(150)]
+    spread = torch.tensor(draws).std().item()
+    assert spread == pytest.approx(1 / (math.sqrt(2) * r), rel=0.25)

@@ -60,6 +60,8 @@ def test_small_sigma_survive_factors_of_very_unequal_columns():
     G = torch.diag(torch.logspace(-3, 3, 7, dtype=torch.float64))
     skewed = Factors(torch.linalg.solve(G, factors.A), factors.B @ G, 1.0)
     torch.testing.assert_close(spectrum(skewed).sigma, expected, rtol=1e-5, atol=0)
+    other_way = Factors(G @ factors.A, torch.linalg.solve(G, factors.B, left=False), 1.0)
+    torch.testing.assert_close(spectrum(other_way).sigma, expected, rtol=1e-5, atol=0)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -286,3 +288,15 @@ def test_a_spectrum_stays_as_it_was_when_its_factors_train_on():
     found, U = spectrum(factors), spectrum(factors).U
     factors.B.zero_()
     assert torch.equal(found.U, U)
+
+
+def test_what_is_left_when_terms_cancel_is_no_direction():
+    """An adapter less itself, and B·A − B0·A0 of one that started from W's own directions."""
+    one = gaussian(40, 24, 4)
+    both = Factors(torch.cat([one.A, one.A]), torch.cat([one.B, -one.B], 1), 1e5)
+    assert spectrum(both).sigma.tolist() == [0.0] * 8
+    moved = one.B + 1e-9 * normal(40, 4, seed=3)
+    small = spectrum(Factors(torch.cat([one.A, one.A]), torch.cat([moved, -one.B], 1), 1.0))
+    assert small.rank == 4 and small.sigma[4:].tolist() == [0.0] * 4
+    exact = torch.linalg.svdvals((moved - one.B) @ one.A)[:4]
+    torch.testing.assert_close(small.sigma[:4], exact, rtol=1e-4, atol=0)

@@ -54,9 +54,9 @@ def about(opened: Opened) -> str:
     return theme.said(words, "warn" if len(words) > 1 else "")
 
 
-def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any]:
-    """Draws the choices; returns `source`, `matrix` and `view` of `Frame`."""
-    source, view = gr.State(None), gr.State(None)
+def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, Any]:
+    """Draws the choices; returns `source`, `matrix`, `view` and `files` of `Frame`."""
+    source, view, files = gr.State(None), gr.State(None), gr.State(())
     said = gr.HTML(elem_id="looking-at")
     with gr.Row(equal_height=True):
         matrix = gr.Dropdown([], label="Matrix", elem_id="module", min_width=280, scale=5)
@@ -108,8 +108,9 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any]:
     def read_again(run: str | None, place: Any, chosen: str | None) -> Any:
         return of_run(run) if place is None else look(place[0], chosen)
 
-    def open_files(*values: Any) -> Any:
-        return look(parse(*values), None)
+    def open_files(known: tuple[Source, ...], *values: Any) -> Any:
+        wanted = parse(*values)
+        return [*look(wanted, None), (*(one for one in known if one != wanted), wanted)]
 
     def see(place: Any, chosen: str | None) -> Any:
         return None if place is None or not chosen else (*place, chosen)
@@ -123,7 +124,7 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any]:
     run_id.change(studio.guard(of_run), run_id, shown, **hidden)
     again.click(studio.guard(read_again), [run_id, source, matrix], shown, **hidden)
     upload.upload(studio.guard(take), upload, path, **PRIVATE)
-    open_it.click(studio.guard(open_files), [path, scaling, parts, model], shown, **PRIVATE)
+    open_it.click(studio.guard(open_files), [files, path, scaling, parts, model], [*shown, files], **PRIVATE)
     back.click(studio.guard(of_run), run_id, shown, **hidden)
     gr.on([source.change, matrix.change], see, [source, matrix], view, queue=False, **hidden)
-    return source, matrix, view
+    return source, matrix, view, files

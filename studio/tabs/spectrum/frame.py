@@ -42,6 +42,7 @@ class Frame:
         source: State with a `Source`, as `Studio.place_of` gives it with the times of its files; None for none.
         matrix: The choice of one matrix by its path.
         view: State with the source and the matrix, which changes once when both do.
+        files: State with the sources of the adapters that were opened from files.
         section: State with the id of the section that is seen.
         sections: The `gr.Tabs` of the sections.
         pictures: What was drawn last.
@@ -51,6 +52,7 @@ class Frame:
     source: Any
     matrix: Any
     view: Any
+    files: Any
     section: Any
     sections: Any
     pictures: Pictures = field(default_factory=Pictures)
