@@ -32,7 +32,9 @@ def rank_loss_figure(
     known = [point for points in series.values() for point in points]
     if not known and base is None and full is None:
         return sentence_figure(title, "Nothing is measured yet.")
-    has_task = any(p[1] is not None for p in known) or any(one is not None and one[0] is not None for one in (base, full))
+    has_task = any(p[1] is not None for p in known) or any(
+        one is not None and one[0] is not None for one in (base, full)
+    )
     figure = new_figure(title, 330 if has_task else 200)
     parts = figure.subplots(1 + has_task, 1, sharex=True, squeeze=False).flatten()
     names = ["held-out rows" * has_task, "general text"][0 if has_task else 1 :]
