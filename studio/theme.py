@@ -121,6 +121,7 @@ CSS = f"""
 .lengths .cut.left b {{ left: auto; right: .45rem; }}
 #cut-off input {{ display: block; width: calc(100% - 4.3rem + 1rem); margin: 0 0 0 calc(3.2rem - .5rem);
   accent-color: var(--adapted); cursor: ew-resize; }}
+#cut-keep {{ align-items: flex-end; }}
 #past-slider {{ display: flex; flex-direction: column; }}
 #past-slider input {{ display: block; width: 100%; max-width: 713px; accent-color: var(--adapted); }}
 #past-slider output {{ font-size: .85rem; font-variant-numeric: tabular-nums; }}

@@ -10,7 +10,7 @@ import gradio as gr
 from core import Adapter, LoRAError, Noted, Truncation
 from studio import surgery, theme
 from studio.asking import ask
-from studio.measuring import Bench, Measured, Measuring
+from studio.measuring import MOST_ROWS, Bench, Measured, Measuring
 from studio.opened import Opened, Source
 from studio.pictures import Picture
 from studio.state import Studio
@@ -158,14 +158,13 @@ def build(frame: Frame, tab: Any) -> None:
             )
             chosen = gr.CheckboxGroup([], label="Directions, with their σ", visible=False, elem_id="cut-chosen")
             facts = gr.HTML(elem_id="cut-facts-surgery")
-            with gr.Row():
-                one = gr.Button("Measure this adapter", size="sm", elem_id="measure-one")
+            one = gr.Button("Measure this adapter", size="sm", elem_id="measure-one")
             losses = gr.HTML(elem_id="cut-losses")
-            with gr.Row(equal_height=True):
+            with gr.Row(elem_id="cut-keep"):
                 name = gr.Textbox(
                     label="Save it as", placeholder="inns-rank-2", max_lines=1, elem_id="cut-name", scale=3
                 )
-                save = gr.Button("Save as a new adapter", elem_id="cut-save", scale=2, min_width=150)
+                save = gr.Button("Save as a new adapter", size="sm", elem_id="cut-save", scale=2, min_width=150)
             saved = gr.HTML(elem_id="cut-saved")
         with gr.Column(scale=6, min_width=320):
             gr.Markdown("### What that costs, measured")
@@ -177,7 +176,7 @@ def build(frame: Frame, tab: Any) -> None:
             plot = frame.picture("rank-losses")
     gr.Markdown("### Ask it\nThe same question to the whole adapter and to what is left of it.")
     message = gr.Textbox(label="Message", lines=2, elem_id="cut-message")
-    button = gr.Button("Ask both", elem_id="cut-ask")
+    button = gr.Button("Ask both", size="sm", elem_id="cut-ask")
     with gr.Row(equal_height=False):
         answers = [
             gr.Textbox(label=words, lines=5, interactive=False, elem_id=f"cut-answer-{place}", buttons=["copy"])
@@ -199,7 +198,12 @@ def build(frame: Frame, tab: Any) -> None:
         return cut_facts(opened, cut.of(opened.adapter), cut)
 
     def show_curve(opened: Opened) -> list[Any]:
-        return ["", frame.put(loss_picture({}, _rank(opened)))]
+        asked = len(surgery.curve_ranks({path: found for path, (_, found) in studio.spectra(opened).items()}))
+        words = (
+            f"Nothing is measured yet. Each curve takes {asked} measurements of its own, of at most {MOST_ROWS} held-out "
+            "rows; what was measured once is kept."
+        )
+        return ["", theme.said(words)]
 
     def opened_by(view: tuple[Source, Any, str] | None) -> tuple[Opened, str]:
         if view is None:

@@ -1,6 +1,5 @@
 """Time machine: loss, spectrum and effective rank over a run's steps, and one answer of any step that was kept."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -166,24 +165,22 @@ def build(frame: Frame, tab: Any) -> None:
     said = gr.HTML()
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=320):
-            plot = frame.picture("past-plot")
             slider = gr.HTML(
-                0,
-                html_template='<input type="range" min="0" max="${last}" value="${value}" data-stops="${stops}" '
-                'aria-label="Step to look at"><output></output>',
+                [0, []],
+                html_template='<input type="range" min="0" max="${value[1].length - 1}" value="${value[0]}" '
+                'data-stops="${JSON.stringify(value[1])}" aria-label="Step to look at"><output></output>',
                 js_on_load=_SLIDER,
-                last=0,
-                stops="[]",
                 elem_id="past-slider",
                 visible="hidden",
             )
+            plot = frame.picture("past-plot")
         with gr.Column(scale=5, min_width=320):
             facts = gr.HTML(elem_id="past-facts")
             bars = frame.picture("past-sigma")
             message = gr.Textbox(
                 label="Message", lines=2, elem_id="past-message", placeholder="Ask the adapter as it was"
             )
-            button = gr.Button("Ask it as it was at this step", elem_id="past-ask")
+            button = gr.Button("Ask it as it was at this step", size="sm", elem_id="past-ask")
             reply = gr.Textbox(label="Answer", lines=4, interactive=False, elem_id="past-answer", buttons=["copy"])
 
     def show_course(opened: Opened, path: str) -> list[Any]:
@@ -194,7 +191,7 @@ def build(frame: Frame, tab: Any) -> None:
             return [theme.said(words, "warn"), "", gr.HTML(visible="hidden"), 0]
         picture, marks = course(opened, run, path, studio)
         last = len(stops) - 1
-        thumb = gr.HTML(value=last, last=last, stops=json.dumps(marks), visible=bool(marks))
+        thumb = gr.HTML(value=[last, marks], visible=True if marks else "hidden")
         return ["", frame.put(picture), thumb, last]
 
     def show_step(opened: Opened, path: str, at: int) -> list[Any]:
