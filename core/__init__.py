@@ -41,6 +41,7 @@ from core.events import (
     Finished,
     Noted,
     Resumed,
+    SpectrumMeasured,
     Started,
     Step,
     from_record,
