@@ -16,12 +16,16 @@ from torch import Tensor, nn
 from core import (
     Adapter,
     Amplification,
+    Comparison,
     Factors,
+    Intruders,
     LoRAError,
     Spectrum,
     TrainConfig,
     WeightSVD,
     amplification,
+    compare,
+    intruder_dimensions,
     plan,
     quoted,
     resolve_devices,
@@ -29,7 +33,7 @@ from core import (
     spectra,
     weight_svd,
 )
-from studio import comparing, data, hub, jobs, models, sweeps
+from studio import data, hub, jobs, models, sweeps
 from studio.chat import Engine
 from studio.checkpoints import ADAPTER_FILES
 from studio.history import Shown
@@ -157,14 +161,34 @@ class Studio:
             "svd", key, lambda: weight_svd(self.weight(opened, path), self.workspace.cache / "svd"), most=2
         )
 
-    def pairs(self, first: Opened, second: Opened, basis: comparing.Basis) -> dict[str, comparing.Pair]:
-        """Returns path → what that matrix has in two adapters.
+    def comparison(self, first: Opened, second: Opened) -> Comparison:
+        """Returns what two adapters share, matrix by matrix.
 
         Raises:
-            LoRAError: They have none in common.
+            LoRAError: Matrices of one path differ in shape, or one of the two is DoRA's.
         """
-        key = (first.key, second.key, basis)
-        return self._keep("pairs", key, lambda: comparing.pairs(first.adapter, second.adapter, basis), most=4)
+        make = functools.partial(compare, first.adapter, second.adapter)
+        return self._keep("comparison", (first.key, second.key), make, most=2)
+
+    def intruders(self, opened: Opened, k: int, paths: Iterable[str]) -> Iterator[dict[str, Intruders | LoRAError]]:
+        """Yields, matrix by matrix, path → the k strongest directions of W + ΔW; what is known is kept.
+
+        W's whole SVD is needed: seconds for each large W, the first time. An error stands where W cannot be read.
+
+        Raises:
+            LoRAError: The base model is not at hand.
+        """
+        known = self._keep("intruders", (opened.key, k), dict, most=4)
+        for path in paths:
+            if path not in known:
+                try:
+                    svd = self.weight_svd(opened, path)
+                    known[path] = intruder_dimensions(opened.adapter.factors[path], svd, min(k, len(svd.sigma)))
+                except LoRAError as error:
+                    if opened.model is None:
+                        raise
+                    known[path] = error
+            yield known
 
     def vocabulary(self, model: str, side: str) -> tuple[Vocabulary, float]:
         """Returns the vectors of a model's tokens, as they are read or written, and chance's largest cosine with them.

@@ -1,15 +1,16 @@
 """Compare: two adapters of one model, their directions matrix by matrix, and what happens when both are added."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import gradio as gr
+from torch import Tensor
 
-from core import LoRAError
+from core import Comparison, LoRAError, MatrixComparison
 from studio import comparing, theme
-from studio.comparing import Basis, Pair
+from studio.comparing import Basis
 from studio.opened import Opened, Source
 from studio.pictures import Picture, loading, recipe
 from studio.runs import Run
@@ -22,23 +23,49 @@ BASES = {
     "ΔW, what it reads": "delta-right",
     "ΔW, what it writes": "delta-left",
 }
-QUANTITIES: dict[str, tuple[str, Callable[[Pair], float | None], Callable[[Pair], float | None] | None, str]] = {
-    "Overlap φ": (
-        "overlap",
-        lambda p: p.overlap,
-        lambda p: p.overlap_null,
-        "φ(k, k) = ‖U₁ᵀ·U₂‖_F² / k, k the smaller number of directions",
+
+
+def _corner(phi: Tensor) -> float | None:
+    """Returns φ(k, k), k the smaller number of directions."""
+    k = min(phi.shape)
+    return float(phi[k - 1, k - 1]) if k else None
+
+
+Value = Callable[[MatrixComparison], float | None]
+
+QUANTITIES: dict[str, tuple[str, Value, Value | None, str]] = {
+    "Overlap, reads": (
+        "phi(m.right)",
+        lambda m: _corner(m.right),
+        lambda m: _corner(m.right_null),
+        "φ(k, k) = ‖V₁ᵀ·V₂‖_F² / k of what the two ΔW read, k the smaller of their ranks",
     ),
-    "Size, second to first": ("ratio", lambda p: p.ratio, None, "‖ΔW₂‖_F / ‖ΔW₁‖_F"),
-    "Cosine of the updates": ("cosine", lambda p: p.cosine, lambda p: 0.0, "⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖_F · ‖ΔW₂‖_F)"),
+    "Overlap, writes": (
+        "phi(m.left)",
+        lambda m: _corner(m.left),
+        lambda m: _corner(m.left_null),
+        "φ(k, k) = ‖U₁ᵀ·U₂‖_F² / k of what the two ΔW write, k the smaller of their ranks",
+    ),
+    "Size, first to second": (
+        "m.overlap.norm_ratio",
+        lambda m: m.overlap.norm_ratio,
+        None,
+        "‖ΔW₁‖_F / ‖ΔW₂‖_F",
+    ),
+    "Cosine": (
+        "m.overlap.cosine",
+        lambda m: m.overlap.cosine,
+        lambda m: m.overlap.null,
+        "⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖·‖ΔW₂‖) = s₁·s₂·Σ (B₁ᵀB₂) ⊙ (A₁A₂ᵀ) / …",
+    ),
     "Interference": (
-        "interference",
-        lambda p: p.interference,
-        lambda p: p.interference_null,
-        "‖ΔW₂·V₁‖_F / ‖ΔW₁‖_F, V₁ the right directions of ΔW₁: what the second adds where the first reads",
+        "m.overlap.interference",
+        lambda m: m.overlap.interference,
+        lambda m: 0.0,
+        "‖ΔW₁ + ΔW₂‖² / (‖ΔW₁‖² + ‖ΔW₂‖²) − 1: 0 leaves each as it was, above they overshoot, below they cancel",
     ),
 }
-"""Title → the attribute of a `Pair`, its value, the same for random directions, and its definition."""
+"""Title → how it is written, of a comparison `m`; its value; the same for chance; its definition."""
 
 
 def choices(studio: Studio, opened: Opened, files: tuple[Source, ...]) -> list[tuple[str, str]]:
@@ -69,23 +96,27 @@ def source_of(word: str, files: tuple[Source, ...]) -> Source:
     return Source(run, int(step) if step else None)
 
 
-def facts(first: Opened, second: Opened, pairs: Mapping[str, Pair]) -> str:
+def facts(first: Opened, second: Opened, found: Comparison) -> str:
     """Returns HTML of two adapters as wholes, and of their sum."""
-    one, two = (math.hypot(*(getattr(p, name) for p in pairs.values())) for name in ("first_norm", "second_norm"))
-    inner = sum(p.inner for p in pairs.values())
-    both, apart = math.sqrt(max(0.0, one**2 + two**2 + 2 * inner)), math.hypot(one, two)
-    heard = math.hypot(*((p.interference or 0) * p.first_norm for p in pairs.values()))
-    null = math.hypot(*((p.interference_null or 0) * p.first_norm for p in pairs.values()))
-    numbers = [
-        ("First", first.name),
-        ("Second", second.name),
-        ("Matrices in common", f"{len(pairs)}"),
-        ("‖ΔW‖, first and second", f"{one:.3f}, {two:.3f}"),
-        ("Cosine of the updates", f"{inner / (one * two):.3f}" if one * two else "–"),
-        ("‖ΔW‖ of the sum", f"{both:.3f} (unrelated: {apart:.3f})"),
-        ("Interference", f"{heard / one:.3f} (chance: {null / one:.3f})" if one else "–"),
-    ]
-    return theme.facts(numbers)
+    whole = found.overlap
+    one, two = whole.norms
+    both = math.sqrt(max(0.0, one**2 + two**2 + 2 * whole.inner_product))
+    lone = len(found.only_first) + len(found.only_second)
+
+    def number(value: float | None, chance: str) -> str:
+        return "–" if value is None else f"{value:.3f} (chance: {chance})"
+
+    return theme.facts(
+        [
+            ("First", first.name),
+            ("Second", second.name),
+            ("Matrices in common", f"{len(found.matrices)}" + (f", {lone} in one alone" if lone else "")),
+            ("‖ΔW‖, first and second", f"{one:.3f}, {two:.3f}"),
+            ("Cosine of the updates", number(whole.cosine, f"±{whole.null:.1g}")),
+            ("‖ΔW‖ of the sum", f"{both:.3f} (unrelated: {math.hypot(one, two):.3f})"),
+            ("Interference if added", number(whole.interference, "0")),
+        ]
+    )
 
 
 def told_of_seeds(first: Opened, second: Opened) -> str:
@@ -182,40 +213,43 @@ def _start_code(opened: Opened, name: str) -> str:
     return f"comparing.start({spec}, path, {name}.factors[path])"
 
 
-def map_picture(
-    studio: Studio, first: Opened, second: Opened, basis: Basis, title: str, pairs: Mapping[str, Pair]
-) -> Picture:
+def map_picture(studio: Studio, first: Opened, second: Opened, title: str, found: Comparison) -> Picture:
     """Returns one of `QUANTITIES` by layer and matrix."""
     from studio import figures
 
-    name, value, chance, maths = QUANTITIES[title]
-    values = {path: value(p) for path, p in pairs.items()}
-    levels = [v for p in pairs.values() if chance is not None and (v := chance(p)) is not None]
+    written, value, chance, maths = QUANTITIES[title]
+    values = {path: value(m) for path, m in found.matrices.items()}
+    levels = [v for m in found.matrices.values() if chance is not None and (v := chance(m)) is not None]
     note = ""
     if levels:
-        low, high = f"{min(levels):.3g}", f"{max(levels):.3g}"
+        low, high = f"{min(levels):.2g}", f"{max(levels):.2g}"
         note = f"chance: {low}" if low == high else f"chance: {low} to {high}"
     code = recipe(
         first,
         studio.workspace,
         loading(second, "second"),
-        "from studio import comparing, figures",
+        "from core import compare",
+        "from studio import figures",
         "",
         "",
-        f"pairs = comparing.pairs(first, second, {basis!r})",
-        f"values = {{path: pair.{name} for path, pair in pairs.items()}}",
-        f"figure = figures.heat_figure(values, title={title!r}, unit={name!r}, note={note!r})",
+        "def phi(table):",
+        "    k = min(table.shape)",
+        "    return float(table[k - 1, k - 1]) if k else None",
+        "",
+        "",
+        f"values = {{path: {written} for path, m in compare(first, second).matrices.items()}}",
+        f"figure = figures.heat_figure(values, title={title!r}, note={note!r})",
         "figure",
         name="first",
     )
-    f = first.adapter.factors[next(iter(pairs))]
-    g = second.adapter.factors[next(iter(pairs))]
-    shapes = f"ΔW₁ = s₁·B₁·A₁ of r = {f.r} and ΔW₂ of r = {g.r}, {f.shape[0]} × {f.shape[1]} in the first matrix"
+    path, m = next(iter(found.matrices.items()))
+    shape = first.adapter.factors[path].shape if path in first.adapter.factors else ()
+    shapes = f"ranks {m.ranks[0]} and {m.ranks[1]}, {' × '.join(map(str, shape))} in {path}"
     return Picture(
-        f"{title} of {first.name} and {second.name}",
-        figures.heat_figure(values, title=title, unit=name, note=note),
-        numbers={"matrix": list(values), name: [math.nan if v is None else v for v in values.values()]},
-        maths=f"{maths}\n{shapes}; neither is formed: all follows from the factors, O((out + in)·r²)",
+        f"{title}, {first.name} and {second.name}",
+        figures.heat_figure(values, title=title, note=note),
+        numbers={"matrix": list(values), title: [math.nan if v is None else v for v in values.values()]},
+        maths=f"{maths}\n{shapes}; ΔW is never formed: all follows from the factors, O((out + in)·r²)",
         notebook=code,
     )
 
@@ -234,7 +268,7 @@ def build(frame: Frame, tab: Any) -> None:
             seeds = gr.HTML()
         with gr.Column(min_width=320):
             gr.Markdown("### Where are they near, and where would they clash?")
-            quantity = gr.Radio(list(QUANTITIES), value="Overlap φ", label="Show by layer and matrix")
+            quantity = gr.Radio(list(QUANTITIES), value="Overlap, reads", label="Show by layer and matrix")
             heat = frame.picture("compare-heat")
 
     def list_others(opened: Opened, files: tuple[Source, ...], chosen: str | None) -> Any:
@@ -249,17 +283,18 @@ def build(frame: Frame, tab: Any) -> None:
         if kind not in get_args(Basis):
             raise LoRAError(f"`basis` (={kind!r}) must be one of {', '.join(BASES.values())}.")
         second = studio.opened(source_of(word, files))
-        pairs = studio.pairs(opened, second, kind)
-        picture = map_picture(studio, opened, second, kind, title, pairs)
+        found = studio.comparison(opened, second)
+        both = opened.adapter.factors, second.adapter.factors
+        is_shared = all(path in factors for factors in both) and both[0][path].shape == both[1][path].shape
         alone = f"Only one of the two has {path}, or in another shape; choose another matrix."
         lines = [told_of_seeds(opened, second)]
         if twin(studio, opened.run) is None:
             lines.append("No run here differs from the first in nothing but its seed, so there is no panel of that.")
         return [
-            facts(opened, second, pairs),
-            frame.put(phi_picture(studio, opened, second, path, kind)) if path in pairs else theme.said(alone, "warn"),
+            facts(opened, second, found),
+            frame.put(phi_picture(studio, opened, second, path, kind)) if is_shared else theme.said(alone, "warn"),
             theme.said(lines),
-            frame.put(picture),
+            frame.put(map_picture(studio, opened, second, title, found)) if found.matrices else "",
         ]
 
     frame.draws(tab, list_others, [frame.files, other], [other], show_progress="hidden")
