@@ -76,4 +76,5 @@ def mark_places(figure: Plot, steps: Sequence[float]) -> tuple[list[float], floa
     height = figure.get_size_inches()[1] * 72
     boxes = [axes.get_window_extent() for axes in figure.axes]
     xs = [float(figure.axes[0].transData.transform((step, 0.0))[0]) * scale for step in steps]
-    return xs, height - max(b.y1 for b in boxes) * scale, height - min(b.y0 for b in boxes) * scale
+    top, bottom = max(b.y1 for b in boxes) * scale, min(b.y0 for b in boxes) * scale
+    return xs, float(height - top), float(height - bottom)

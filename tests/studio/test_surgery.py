@@ -196,7 +196,8 @@ def test_the_marks_stand_where_the_charts_have_their_steps(run, studio):
     assert lines["σ₁ and the others"].get_ydata().tolist() == [1.0, 2.0]
     ratio = lines["σ₁ of chance, same ‖ΔW‖"].get_ydata() / np.hypot([1.0, 2.0], 0.25)
     assert ratio[0] == pytest.approx(ratio[1]) and 0.5 < ratio[0] < 1  # the same share of ‖ΔW‖ at each step
-    json.dumps(marks)
+    assert json.loads(json.dumps(marks)) == marks
+    assert {type(number) for mark in marks for number in mark} == {int, float}  # as the page's JSON needs them
 
 
 def test_effective_rank_of_numbers_is_that_of_the_spectrum(adapter):
