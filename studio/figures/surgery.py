@@ -19,12 +19,13 @@ _STYLES = (
 
 
 def rank_loss_figure(
-    series: Series, *, base: tuple[float | None, float] | None, full: tuple[float | None, float] | None
+    series: Series, *, rank: int, base: tuple[float | None, float] | None, full: tuple[float | None, float] | None
 ) -> Plot:
     """Returns the loss on the task, and on general text below it, against how many directions are kept.
 
     Args:
         series: The curves, at most three.
+        rank: How many directions the whole adapter has.
         base: The losses of the base model alone, if they are known yet.
         full: Those of the whole adapter.
     """
@@ -35,7 +36,6 @@ def rank_loss_figure(
     has_task = any(p[1] is not None for p in known) or any(
         one is not None and one[0] is not None for one in (base, full)
     )
-    most = max([1, *(k for k, *_ in known)])
     figure = new_figure(title, 330 if has_task else 200)
     parts = figure.subplots(1 + has_task, 1, sharex=True, squeeze=False).flatten()
     names = ["held-out rows" * has_task, "general text"][0 if has_task else 1 :]
@@ -44,7 +44,7 @@ def rank_loss_figure(
         style_axes(axes, "directions kept a matrix" if place == len(parts) - 1 else "", f"loss, {name}")
         _draw(axes, series, which, base, full)
         axes.xaxis.set_major_locator(ticks(10, whole=True))
-        axes.set_xlim(-0.03 * most, 1.03 * most)
+        axes.set_xlim(-0.03 * rank, 1.03 * rank)
     add_legend(parts[0])
     figure.align_ylabels()
     return finished(figure)

@@ -8,9 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from core import Adapter, Evaluated, Factors, LoRAConfig, LoRAError, SpectrumMeasured, Started, Step, spectrum, truncate
-from studio import surgery
-from studio.measuring import Measured
+from core import (
+    Adapter,
+    Evaluated,
+    Factors,
+    LoRAConfig,
+    LoRAError,
+    SpectrumMeasured,
+    Started,
+    Step,
+    TrainConfig,
+    inject,
+    spectrum,
+    truncate,
+)
+from studio import models, surgery
+from studio.data import DataSpec
+from studio.measuring import Bench, Measured, Measuring
 from studio.opened import Opened, Source
 from studio.state import Studio
 from studio.surgery import CHANCE, CURVES, POOLED, STRONGEST, Cut
@@ -140,6 +154,27 @@ def test_without_its_base_model_nothing_can_be_measured(opened):
     with pytest.raises(LoRAError, match="The base model must be at hand to measure a loss"):
         operating.bench_of(opened)
     assert operating.bench_of(replace(opened, model="starter")).data is None
+
+
+@pytest.mark.slow
+def test_a_cut_of_an_adapter_on_the_starter_model_is_measured(workspace):
+    model = models.load_model("starter", workspace)
+    inject(model, LoRAConfig(r=2, target_modules=("q_proj", "v_proj"), layers="26-"))
+    generator = torch.Generator().manual_seed(0)
+    whole = Adapter.from_model(model, base_model="starter")
+    factors = {
+        path: replace(f, B=0.02 * torch.randn(f.B.shape, generator=generator)) for path, f in whole.factors.items()
+    }
+    whole = replace(whole, factors=factors)
+    rows = DataSpec(source="starter:tickets", layout="pair", prompt="request", completion="ticket")
+    bench = Bench("starter", rows, TrainConfig(max_length=96, device="cpu", precision="fp32"))
+    asked = {"base": None, "whole": whole, "k = 2": truncate(whole, rank=2).adapter, "k = 1": Cut().of(whole).adapter}
+    found = {m.name: m for m in Measuring(workspace, bench, asked) if isinstance(m, Measured)}
+    assert found["k = 2"].task_loss == pytest.approx(found["whole"].task_loss, abs=1e-4)
+    assert found["k = 2"].general_loss == pytest.approx(found["whole"].general_loss, abs=1e-4)
+    assert abs(found["k = 1"].task_loss - found["whole"].task_loss) > 1e-3
+    assert found["base"].num_rows == 44
+    assert 2 < found["base"].general_loss < 4.5  # plain English, to a model that was trained on it
 
 
 # The time machine.

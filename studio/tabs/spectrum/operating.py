@@ -90,7 +90,7 @@ def loss_picture(found: Losses, whole_rank: int) -> Picture:
     rows = [(of, k, m) for (of, k), m in found.items()]
     return Picture(
         "Measured loss against directions kept",
-        figures.rank_loss_figure(series, base=base, full=full),
+        figures.rank_loss_figure(series, rank=whole_rank, base=base, full=full),
         numbers={
             "kept": [of for of, _, _ in rows],
             "k": [k for _, k, _ in rows],

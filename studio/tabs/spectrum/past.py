@@ -204,10 +204,10 @@ def build(frame: Frame, tab: Any) -> None:
         drawn = "" if sigma is None else frame.put(_bars(opened, path, step, sigma))
         return [facts_at(run, path, step, sigma), drawn, gr.Button(interactive=step in run.checkpoints.steps())]
 
-    def move(event: gr.EventData) -> int:
+    def go_to(event: gr.EventData) -> int:
         return int(event.place)
 
-    def answer(looked_at: tuple[Source, Any] | None, at: int, text: str) -> Iterator[str]:
+    def answer_then(looked_at: tuple[Source, Any] | None, at: int, text: str) -> Iterator[str]:
         opened = studio.opened(looked_at[0]) if looked_at else None
         if opened is None or opened.run is None:
             raise LoRAError(_NOT_A_RUN)
@@ -229,8 +229,8 @@ def build(frame: Frame, tab: Any) -> None:
         show_progress="hidden",
         trigger_mode="always_last",
     )
-    slider.input(move, None, place, queue=False, show_progress="hidden", trigger_mode="always_last", **PRIVATE)
-    gr.on([button.click, message.submit], studio.guard(answer), [frame.source, place, message], reply, **PRIVATE)
+    slider.input(go_to, None, place, queue=False, show_progress="hidden", trigger_mode="always_last", **PRIVATE)
+    gr.on([button.click, message.submit], studio.guard(answer_then), [frame.source, place, message], reply, **PRIVATE)
 
 
 def _bars(opened: Opened, path: str, step: int, sigma: np.ndarray) -> Picture:
