@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from studio.state import Studio
-from studio.tabs.spectrum import chooser, compare, matrix, overview, reading
+from studio.tabs.spectrum import chooser, compare, intruding, matrix, overview, reading
 from studio.tabs.spectrum.frame import PRIVATE, Frame
 
 
@@ -23,5 +23,7 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
             reading.build(frame, tab)
         with gr.Tab("Compare", id="compare") as tab:
             compare.build(frame, tab)
+        with gr.Tab("Intruders", id="intruders") as tab:
+            intruding.build(frame, tab)
     is_open: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
     source.change(lambda place: gr.Column(visible=place is not None), source, body, **is_open)

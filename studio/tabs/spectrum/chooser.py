@@ -57,10 +57,12 @@ def about(opened: Opened) -> str:
 def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, Any]:
     """Draws the choices; returns `source`, `matrix`, `view` and `files` of `Frame`."""
     source, view, files = gr.State(None), gr.State(None), gr.State(())
-    said = gr.HTML(elem_id="looking-at")
-    with gr.Row(equal_height=True):
-        matrix = gr.Dropdown([], label="Matrix", elem_id="module", min_width=280, scale=5)
-        again = gr.Button("Read the adapter again", size="sm", scale=1, min_width=180)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=3, min_width=280):
+            said = gr.HTML(elem_id="looking-at")
+            again = gr.Button("Read the adapter again", size="sm", elem_id="read-again")
+        with gr.Column(scale=4, min_width=280):
+            matrix = gr.Dropdown([], label="Matrix", elem_id="module")
     with gr.Accordion("Open another adapter …", open=False, elem_id="open-adapter"):
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
