@@ -66,7 +66,7 @@ def heat_figure(values: Mapping[str, float | None], *, title: str, unit: str = "
     _mark_largest(figure, axes, layers, names, grid, note)
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.55, anchor=(1, 0), aspect=28, pad=10 / height)
     bar.outline.set_visible(False)
-    style_axes(bar.ax, shortened(unit, 32), "")
+    style_axes(bar.ax, shortened(unit, 32) or " ", "")  # the line stays, as the words beside it need it
     bar.locator, bar.formatter = ticks(5), FuncFormatter(number_text)
     bar.update_ticks()
     finished(figure)

@@ -448,6 +448,7 @@ def test_shares_of_w_s_directions_rise_from_none_to_all_and_chance_is_a_straight
     for line in shares:
         assert np.all(np.diff(line.get_ydata()) >= 0) and line.get_ydata()[-1] == pytest.approx(100)
     assert len(writes.lines[1].get_ydata()) == 10
+    assert reads.get_ylim()[1] > 100 and writes.get_ylim() == reads.get_ylim(), "both sides are seen whole"
     assert "no directions yet" in texts(alignment_figure({"reads": (torch.zeros(0, 10), 40)}))
 
 
