@@ -10,9 +10,9 @@ from pathlib import Path
 from core import Adapter, LoRAError, Spectrum, Truncation, quoted, truncate
 from studio.workspace import Workspace
 
-STRONGEST, POOLED, CHANCE = "strongest of each matrix", "strongest of all together", "random ones (chance)"
+STRONGEST, POOLED, CHANCE = "strongest of each", "strongest of all", "random (chance)"
 CURVES = (STRONGEST, POOLED, CHANCE)
-"""Which directions are kept along a curve; pooled, k is the mean over the matrices."""
+"""Which directions are kept along a curve: k of each matrix; of all together, k is the mean; k of each at random."""
 
 WHAT = {
     "rank": "So many of each matrix",

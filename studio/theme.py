@@ -144,6 +144,7 @@ CSS = f"""
 .picture rect[data-name]:hover {{ stroke: var(--body-text-color); stroke-width: 1.2; }}
 .picture summary {{ cursor: pointer; font-size: .85rem; color: var(--body-text-color-subdued); }}
 .picture pre {{ margin: .4rem 0 0; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
+#read-again {{ align-self: flex-start; width: auto; min-width: 0; }}
 .words h4 {{ margin: 0; }} .words h5 {{ margin: .9rem 0 .3rem; font-size: .85rem; font-weight: 600; }}
 .words .both {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .25rem 1.5rem; }}
 .tokens {{ list-style: none; margin: 0; padding: 0; }}

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 from studio.figures.style import (
+    FRAME,
     TEXT,
     WIDTH,
     Plot,
@@ -65,7 +66,7 @@ def heat_figure(values: Mapping[str, float | None], *, title: str, unit: str = "
     _mark_largest(figure, axes, layers, names, grid, note)
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.55, anchor=(1, 0), aspect=28, pad=10 / height)
     bar.outline.set_visible(False)
-    style_axes(bar.ax, shortened(unit, 32), "")
+    style_axes(bar.ax, shortened(unit, 32) or " ", "")  # the line stays, as the words beside it need it
     bar.locator, bar.formatter = ticks(5), FuncFormatter(number_text)
     bar.update_ticks()
     finished(figure)
@@ -91,8 +92,7 @@ def _mark_largest(
     figure: Figure, axes: Axes, layers: Sequence[int], names: Sequence[str], grid: np.ndarray, note: str
 ) -> None:
     row, column = divmod(int(np.nanargmax(grid)), grid.shape[1])
-    # Not ink: it lies on the lightest colour of the map, whatever the page's background.
-    frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="#a01010", linewidth=1.6, clip_on=False)
+    frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=FRAME, linewidth=1.6, clip_on=False)
     axes.add_patch(frame)
     layer = f"layer {layers[column]}, " if layers[column] >= 0 else ""
     lines = [f"framed: largest, {number_text(float(f'{grid[row, column]:.3g}'))}", f"{layer}{names[row]}"]

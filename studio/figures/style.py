@@ -21,6 +21,9 @@ WIDTH = 432
 """Width of a figure in points, one SVG unit each: narrow, so that text is still readable on a phone."""
 
 TEXT: dict[str, Any] = {"size": 10, "color": INK, "family": "DejaVu Sans", "parse_math": False}  # names are data
+FRAME = "#a01010"
+"""Frames on heat maps: not ink, as the map's colours are the same on every page."""
+
 ROUNDING = 1e-7
 """Singular values below this share of the largest are float32's rounding."""
 

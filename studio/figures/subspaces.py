@@ -9,6 +9,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 from studio.figures.style import (
+    FRAME,
     TEXT,
     Plot,
     add_legend,
@@ -93,7 +94,7 @@ def intruder_figure(
     extent = (0.5, k + 0.5, len(shown) + 0.5, 0.5)
     image = above.imshow(shown, heat_colours(), vmin=0, vmax=1, aspect="auto", interpolation="none", extent=extent)
     for i in np.flatnonzero(is_intruder):
-        frame = Rectangle((i + 0.5, 0.5), 1, len(shown), fill=False, edgecolor="#a01010", linewidth=1.6, clip_on=False)
+        frame = Rectangle((i + 0.5, 0.5), 1, len(shown), fill=False, edgecolor=FRAME, linewidth=1.6, clip_on=False)
         above.add_patch(frame)
     above.tick_params(axis="x", labelbottom=False)
     style_axes(below, "direction of W + ΔW, strongest first", "largest |cos|")
@@ -101,7 +102,8 @@ def intruder_figure(
     bars = below.bar(index, highest, width=0.78, color=BASE, label="W's own")
     handles: list[Any] = [bars]
     if is_intruder.any():
-        marked = below.bar(index[is_intruder], highest[is_intruder], width=0.78, color=ADAPTED, hatch="///", ec="white")
+        style: dict[str, Any] = {"width": 0.78, "color": ADAPTED, "edgecolor": FRAME, "linewidth": 1.6}
+        marked = below.bar(index[is_intruder], highest[is_intruder], **style)
         marked.set_label("intruder (framed)")
         handles.append(marked)
     handles += [

@@ -1,10 +1,11 @@
 """What an adapter of fewer directions costs: measured losses against how many are kept."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 
-from studio.figures.style import Plot, add_legend, array, finished, new_figure, sentence_figure, style_axes, ticks
+from studio.figures.style import TEXT, Plot, add_legend, array, finished, new_figure, sentence_figure, style_axes, ticks
 from studio.palette import ADAPTED, ADAPTED_SOFT, BASE, CHANCE
 
 Series = Mapping[str, Sequence[tuple[float, float | None, float]]]
@@ -15,7 +16,6 @@ _STYLES = (
     {"color": ADAPTED_SOFT, "marker": "s", "linestyle": "-."},
     {"color": CHANCE, "marker": "x", "linestyle": "--"},
 )
-"""Of the strongest of each matrix, the strongest of all together, and random ones: the level of chance."""
 
 
 def rank_loss_figure(
@@ -24,7 +24,8 @@ def rank_loss_figure(
     """Returns the loss on the task, and on general text below it, against how many directions are kept.
 
     Args:
-        series: The curves, at most three.
+        series: Three curves, of which some may be empty: the strongest of each matrix, the strongest of all together,
+            and random ones, the level of chance.
         rank: How many directions the whole adapter has.
         base: The losses of the base model alone, if they are known yet.
         full: Those of the whole adapter.
@@ -45,7 +46,8 @@ def rank_loss_figure(
         _draw(axes, series, which, base, full)
         axes.xaxis.set_major_locator(ticks(10, whole=True))
         axes.set_xlim(-0.03 * rank, 1.03 * rank)
-    add_legend(parts[0])
+    if known:
+        add_legend(parts[0])
     figure.align_ylabels()
     return finished(figure)
 
@@ -57,14 +59,19 @@ def _draw(
     base: tuple[float | None, float] | None,
     full: tuple[float | None, float] | None,
 ) -> None:
-    for (name, points), style in zip(series.items(), _STYLES, strict=False):
+    for (name, points), style in zip(series.items(), _STYLES, strict=True):
         seen = [(k, values[which]) for k, *values in points if values[which] is not None]
-        axes.plot(
-            array([k for k, _ in seen]), array([y for _, y in seen]), linewidth=1.6, markersize=4.5, label=name, **style
-        )
-    for one, words, style in (
-        (base, "base model", {"color": BASE, "linestyle": ":"}),
-        (full, "whole adapter", {"color": ADAPTED, "linestyle": ":"}),
-    ):
-        if one is not None and one[which] is not None:
-            axes.axhline(float(one[which] or 0), linewidth=1.5, label=words, **style)
+        if seen:
+            x, y = zip(*seen, strict=True)
+            axes.plot(array(x), array(y), linewidth=1.6, markersize=4.5, label=name, **style)
+    for one, words, colour in ((base, "base model", BASE), (full, "whole adapter", ADAPTED)):
+        value = None if one is None else one[which]
+        if value is not None:
+            axes.axhline(value, color=colour, linewidth=1.4, linestyle=":")
+            place: dict[str, Any] = {
+                "textcoords": "offset points",
+                "xycoords": ("axes fraction", "data"),
+                "ha": "right",
+            }
+            axes.annotate(words, (1.0, value), (0, 3), **place, **TEXT)
+    axes.margins(y=0.16)

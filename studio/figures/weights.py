@@ -83,6 +83,7 @@ def alignment_figure(sides: Mapping[str, tuple[Any, int]], *, title: str = "") -
     figure = new_figure(title, 240)
     panels = figure.subplots(1, len(tables), sharey=True, squeeze=False).flatten()
     handles: list[Any] = []
+    top = 0.0
     for panel, (name, (table, dim)) in zip(panels, tables.items(), strict=True):
         style_axes(panel, f"j, W's strongest of {dim:,}", "")
         num, width = table.shape
@@ -90,13 +91,14 @@ def alignment_figure(sides: Mapping[str, tuple[Any, int]], *, title: str = "") -
         handles = panel.plot(j, 100 * j / dim, color=CHANCE, linestyle="--", linewidth=1.6, label="chance")
         for i, style in zip(sorted({1, min(4, num), num}), _STYLES, strict=False):
             share = 100 * table[:i].sum(0).cumsum() / i
+            top = max(top, share[-1], 100 * width / dim)
             label = "ΔW's first" if i == 1 else f"first {i}"
             handles += panel.plot(j, share, color=ADAPTED, linestyle=style, linewidth=1.8, label=label)
         panel.set_title(name, loc="left", pad=3, **TEXT)
-        panel.set_ylim(bottom=0)
         panel.set_xlim(1, max(2, width))
         panel.xaxis.set_major_locator(ticks(4, whole=True))
         panel.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g} %"))
+    panels[0].set_ylim(0, 1.05 * top)
     panels[0].set_ylabel("share of their length²", **TEXT)
     add_legend(figure, handles, loc="upper left", bbox_to_anchor=(0.01, 1 - 21 / 240))
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 18 / 240))  # which leaves the legend its row

@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from studio.state import Studio
-from studio.tabs.spectrum import chooser, compare, matrix, operating, overview, past, reading
+from studio.tabs.spectrum import chooser, compare, intruding, matrix, operating, overview, past, reading
 from studio.tabs.spectrum.frame import PRIVATE, Frame
 
 
@@ -23,6 +23,8 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
             reading.build(frame, tab)
         with gr.Tab("Compare", id="compare") as tab:
             compare.build(frame, tab)
+        with gr.Tab("Intruders", id="intruders") as tab:
+            intruding.build(frame, tab)
         with gr.Tab("Time machine", id="past") as tab:
             past.build(frame, tab)
         with gr.Tab("Rank surgery", id="operating") as tab:

@@ -57,11 +57,13 @@ def about(opened: Opened) -> str:
 def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, Any]:
     """Draws the choices; returns `source`, `matrix`, `view` and `files` of `Frame`."""
     source, view, files = gr.State(None), gr.State(None), gr.State(())
-    said = gr.HTML(elem_id="looking-at")
-    with gr.Row(equal_height=True):
-        matrix = gr.Dropdown([], label="Matrix", elem_id="module", min_width=280, scale=5)
-        again = gr.Button("Read the adapter again", size="sm", scale=1, min_width=180)
-    with gr.Accordion("Open another adapter …", open=False, elem_id="open-adapter"):
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=3, min_width=280):
+            said = gr.HTML(elem_id="looking-at")
+            again = gr.Button("Read the adapter again", size="sm", elem_id="read-again")
+        with gr.Column(scale=4, min_width=280):
+            matrix = gr.Dropdown([], label="Matrix", elem_id="module")
+    with gr.Accordion("Open another adapter …", open=False, elem_id="open-adapter") as form:
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
                 path = gr.Textbox(
@@ -70,19 +72,17 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, An
                     elem_id="adapter-path",
                 )
                 upload = gr.File(
-                    label="or upload adapter_config.json and adapter_model.safetensors, or loralib's file",
+                    label="or upload its files, all at once",
                     file_count="multiple",
                     type="filepath",
-                    height=120,
+                    height=150,
                     elem_id="adapter-upload",
                 )
             with gr.Column(scale=2, min_width=300):
                 model = gr.Textbox(
                     label="Base model, to see W as well", info="Empty: the one that the files name, if it is here."
                 )
-                scaling = gr.Number(
-                    None, label="scaling = alpha / r", info="For loralib's files, which do not say it.", minimum=0
-                )
+                scaling = gr.Number(None, label="scaling = alpha / r", info="For loralib's files, which do not say it.")
                 parts = gr.Textbox(label="Slices", info="For loralib's fused projections: q, v in GPT-2.")
         with gr.Row():
             open_it = gr.Button("Open", variant="primary", elem_id="open-files")
@@ -110,7 +110,7 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, An
 
     def open_files(known: tuple[Source, ...], *values: Any) -> Any:
         wanted = parse(*values)
-        return [*look(wanted, None), (*(one for one in known if one != wanted), wanted)]
+        return [*look(wanted, None), (*(one for one in known if one != wanted), wanted), gr.Accordion(open=False)]
 
     def see(place: Any, chosen: str | None) -> Any:
         return None if place is None or not chosen else (*place, chosen)
@@ -123,8 +123,9 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, An
     selected(studio.guard(follow), [run_id, source, matrix], shown, **hidden)
     run_id.change(studio.guard(of_run), run_id, shown, **hidden)
     again.click(studio.guard(read_again), [run_id, source, matrix], shown, **hidden)
-    upload.upload(studio.guard(take), upload, path, **PRIVATE)
-    open_it.click(studio.guard(open_files), [files, path, scaling, parts, model], [*shown, files], **PRIVATE)
+    upload.upload(studio.guard(take), upload, path, **hidden)
+    given = [files, path, scaling, parts, model]
+    open_it.click(studio.guard(open_files), given, [*shown, files, form], **hidden)
     back.click(studio.guard(of_run), run_id, shown, **hidden)
     gr.on([source.change, matrix.change], see, [source, matrix], view, queue=False, **hidden)
     return source, matrix, view, files

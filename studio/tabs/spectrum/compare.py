@@ -33,39 +33,44 @@ def _corner(phi: Tensor) -> float | None:
 
 Value = Callable[[MatrixComparison], float | None]
 
-QUANTITIES: dict[str, tuple[str, Value, Value | None, str]] = {
+QUANTITIES: dict[str, tuple[str, str, Value, Value | None, str]] = {
     "Overlap, reads": (
+        "φ(k, k)",
         "phi(m.right)",
         lambda m: _corner(m.right),
         lambda m: _corner(m.right_null),
         "φ(k, k) = ‖V₁ᵀ·V₂‖_F² / k of what the two ΔW read, k the smaller of their ranks",
     ),
     "Overlap, writes": (
+        "φ(k, k)",
         "phi(m.left)",
         lambda m: _corner(m.left),
         lambda m: _corner(m.left_null),
         "φ(k, k) = ‖U₁ᵀ·U₂‖_F² / k of what the two ΔW write, k the smaller of their ranks",
     ),
     "Size, first to second": (
+        "‖ΔW₁‖ / ‖ΔW₂‖",
         "m.overlap.norm_ratio",
         lambda m: m.overlap.norm_ratio,
         None,
         "‖ΔW₁‖_F / ‖ΔW₂‖_F",
     ),
     "Cosine": (
+        "cosine of ΔW₁ and ΔW₂",
         "m.overlap.cosine",
         lambda m: m.overlap.cosine,
         lambda m: m.overlap.null,
         "⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖·‖ΔW₂‖) = s₁·s₂·Σ (B₁ᵀB₂) ⊙ (A₁A₂ᵀ) / …",
     ),
     "Interference": (
+        "interference",
         "m.overlap.interference",
         lambda m: m.overlap.interference,
         lambda m: 0.0,
         "‖ΔW₁ + ΔW₂‖² / (‖ΔW₁‖² + ‖ΔW₂‖²) − 1: 0 leaves each as it was, above they overshoot, below they cancel",
     ),
 }
-"""Title → how it is written, of a comparison `m`; its value; the same for chance; its definition."""
+"""Title → its unit; how it is written, of a comparison `m`; its value; the same for chance; its definition."""
 
 
 def choices(studio: Studio, opened: Opened, files: tuple[Source, ...]) -> list[tuple[str, str]]:
@@ -217,7 +222,7 @@ def map_picture(studio: Studio, first: Opened, second: Opened, title: str, found
     """Returns one of `QUANTITIES` by layer and matrix."""
     from studio import figures
 
-    written, value, chance, maths = QUANTITIES[title]
+    unit, written, value, chance, maths = QUANTITIES[title]
     values = {path: value(m) for path, m in found.matrices.items()}
     levels = [v for m in found.matrices.values() if chance is not None and (v := chance(m)) is not None]
     note = ""
@@ -238,7 +243,7 @@ def map_picture(studio: Studio, first: Opened, second: Opened, title: str, found
         "",
         "",
         f"values = {{path: {written} for path, m in compare(first, second).matrices.items()}}",
-        f"figure = figures.heat_figure(values, title={title!r}, note={note!r})",
+        f"figure = figures.heat_figure(values, title={title!r}, unit={unit!r}, note={note!r})",
         "figure",
         name="first",
     )
@@ -247,7 +252,7 @@ def map_picture(studio: Studio, first: Opened, second: Opened, title: str, found
     shapes = f"ranks {m.ranks[0]} and {m.ranks[1]}, {' × '.join(map(str, shape))} in {path}"
     return Picture(
         f"{title}, {first.name} and {second.name}",
-        figures.heat_figure(values, title=title, note=note),
+        figures.heat_figure(values, title=title, unit=unit, note=note),
         numbers={"matrix": list(values), title: [math.nan if v is None else v for v in values.values()]},
         maths=f"{maths}\n{shapes}; ΔW is never formed: all follows from the factors, O((out + in)·r²)",
         notebook=code,

@@ -66,6 +66,7 @@ class Frame:
             except LoRAError as error:
                 return {"problem": str(error)}
 
+        options = {"padding": False, **options}
         return gr.HTML(elem_id=elem_id, js_on_load=_PICTURE, server_functions=[hand_out], **options)
 
     def put(self, picture: Picture) -> str:

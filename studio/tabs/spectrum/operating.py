@@ -84,9 +84,9 @@ def loss_picture(found: Losses, whole_rank: int) -> Picture:
     series = {}
     for kind in CURVES:
         points = {k: (m.task_loss, m.general_loss) for (of, k), m in found.items() if of == kind}
-        if points:
+        if points:  # they begin at the base and end at the whole
             points |= ({0: base} if base else {}) | ({whole_rank: full} if full else {})
-            series[kind] = [(k, *points[k]) for k in sorted(points)]
+        series[kind] = [(k, *points[k]) for k in sorted(points)]
     rows = [(of, k, m) for (of, k), m in found.items()]
     return Picture(
         "Measured loss against directions kept",
@@ -241,7 +241,7 @@ def build(frame: Frame, tab: Any) -> None:
         asked = wanted(opened, studio, kinds)
         yield from measuring(opened, asked, lambda found: frame.put(loss_picture(found, _rank(opened))))
 
-    def stop(process: Measuring | None) -> None:
+    def end_measuring(process: Measuring | None) -> None:
         if process is not None:
             process.close()
 
@@ -282,7 +282,7 @@ def build(frame: Frame, tab: Any) -> None:
     frame.draws(tab, show_curve, [], [progress, plot], show_progress="hidden")
     one.click(studio.guard(measure_one), [frame.view, *settings], [going, progress, losses, cancel], **quiet)
     many.click(studio.guard(measure_many), [frame.view, kinds], [going, progress, plot, cancel], **quiet)
-    cancel.click(stop, going, None, queue=False, **quiet)
+    cancel.click(studio.guard(end_measuring), going, None, queue=False, **quiet)
     save.click(studio.guard(keep), [frame.view, name, *settings], saved, **quiet)
     gr.on([button.click, message.submit], studio.guard(both), [frame.view, message, *settings], answers, **quiet)
 

@@ -153,9 +153,8 @@ def summary(opened: Opened, spectra: Mapping[str, Spectrum]) -> str:
             ("Matrices", str(len(spectra))),
             ("r", _ranks(opened)),
             ("Effective rank, mean", f"{mean:.2f}"),
-            ("Largest ‖ΔW‖ in", f"{loudest} ({spectra[loudest].norm:.3f})"),
         ]
-    )
+    ) + theme.said(f"Largest ‖ΔW‖, {spectra[loudest].norm:.3f}, in {loudest}.")
 
 
 def _ranks(opened: Opened) -> str:

@@ -229,7 +229,9 @@ def build(frame: Frame, tab: Any) -> None:
         show_progress="hidden",
         trigger_mode="always_last",
     )
-    slider.input(go_to, None, place, queue=False, show_progress="hidden", trigger_mode="always_last", **PRIVATE)
+    slider.input(
+        studio.guard(go_to), None, place, queue=False, show_progress="hidden", trigger_mode="always_last", **PRIVATE
+    )
     gr.on([button.click, message.submit], studio.guard(answer_then), [frame.source, place, message], reply, **PRIVATE)
 
 
