@@ -42,6 +42,7 @@ from core.events import (
     Finished,
     Noted,
     Resumed,
+    SpectrumMeasured,
     Started,
     Step,
     from_record,

@@ -267,6 +267,14 @@ class TrainConfig(Config):
         minimum=0,
         advanced=True,
     )
+    spectrum_every: int = setting(
+        5,
+        "Measure the spectrum every (steps)",
+        "How often the singular values of each ΔW are kept, to be looked at while it trains and after; 200 times a run "
+        "at most. 0: never.",
+        minimum=0,
+        advanced=True,
+    )
     patience: int = setting(
         0,
         "Stop early after (evaluations)",

@@ -1,6 +1,7 @@
 """What training says while it goes on: frozen facts, in order, that can be kept as JSON."""
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,6 +88,29 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class SpectrumMeasured:
+    """The singular values of each ΔW after `step`; comes just before that step's own event, so who has that has this.
+
+    Attributes:
+        sigma: Path → those of scaling · B·A, falling, to four digits; NaN where a factor is not finite.
+    """
+
+    step: int
+    sigma: dict[str, list[float]]
+
+    @property
+    def effective_rank(self) -> dict[str, float]:
+        """Path → exp of the entropy of p = sigma / Σ sigma; 0 for ΔW = 0, NaN where sigma is (see `Spectrum`)."""
+        return {path: _effective_rank(sigma) for path, sigma in self.sigma.items()}
+
+
+def _effective_rank(sigma: list[float]) -> float:
+    total = math.fsum(sigma)
+    shares = [s / total for s in sigma if s] if total else []
+    return math.exp(-math.fsum(p * math.log(p) for p in shares)) if shares else 0.0
+
+
+@dataclass(frozen=True)
 class Checkpointed:
     """All that is needed to go on from `step` is on the disk.
 
@@ -139,7 +163,7 @@ class Failed:
     predicted_bytes: dict[str, int] = field(default_factory=dict)
 
 
-Event = Noted | Started | Step | Evaluated | Checkpointed | Resumed | Finished | Failed
+Event = Noted | Started | Step | Evaluated | SpectrumMeasured | Checkpointed | Resumed | Finished | Failed
 
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in typing.get_args(Event)}
 
@@ -176,6 +200,7 @@ _WORDS: dict[Any, str] = {
     float: "a number",
     str: "text of whole characters",
     dict[str, int]: "a table of text to whole numbers",
+    dict[str, list[float]]: "a table of text to lists of numbers",
 }
 
 
@@ -186,4 +211,10 @@ def _fits(value: Any, kind: Any) -> bool:
         return type(value) is float or _fits(value, int)
     if kind == dict[str, int]:
         return isinstance(value, dict) and all(_fits(k, str) and _fits(v, int) for k, v in value.items())
+    if kind == dict[str, list[float]]:
+        return isinstance(value, dict) and all(_fits(k, str) and _are_numbers(v) for k, v in value.items())
     return isinstance(value, str) and (value.isascii() or value.encode(errors="ignore").decode() == value)
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and ({*map(type, values)} <= {float} or all(_fits(v, float) for v in values))

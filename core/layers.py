@@ -132,10 +132,15 @@ class LoRALayer(Wrapper, ABC):
 
         Started by "pissa" or "olora", the update is scaling · (B·A − B0·A0), of rank up to 2r: A on A0, B beside −B0.
         """
+        return Factors(*self.pair, self.scaling, self._layout())
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B of `factors` alone: of a slice, its layout must be fetched from a GPU."""
         A, B = self.lora_A.detach(), self.lora_B.detach()
         if self.lora_A0 is not None and self.lora_B0 is not None:
             A, B = torch.cat([A, self.lora_A0]), torch.cat([B, -self.lora_B0], dim=1)
-        return Factors(A, B, self.scaling, self._layout())
+        return A, B
 
     def set_factors(self, factors: Factors, magnitude: Tensor | None = None) -> None:
         """Copies A, B and DoRA's magnitude in, of the shapes that the layer has; the start of "pissa" is given up.

@@ -15,13 +15,18 @@ from core.config import TrainConfig
 from core.devices import memory_bytes, memory_source, peak_memory_bytes
 from core.distributed import World
 from core.errors import ExplodedGradientError, LoRAError, NonFiniteLossError
-from core.events import Evaluated, Event, Finished, Started, Step
+from core.events import Evaluated, Event, Finished, SpectrumMeasured, Started, Step
 from core.flat import Flat
+from core.grams import quick_sigma
 from core.losses import IGNORED, Batch, Losses
+from core.matrices import Factors
 from core.nonfinite import first_in_forward, first_in_gradients, first_in_weights, longest_in_gradients
 from core.targets import count_parameters, lora_layers
 
 _ALONE = World()
+
+MOST_SPECTRA = 200
+"""So often at most is the spectrum measured in a run, that its log stays small however long it trains."""
 
 
 class Training(Iterator[Event]):
@@ -67,6 +72,8 @@ class Training(Iterator[Event]):
 
     def checkpoint(self) -> Checkpoint:
         """Returns training as of the last event, to be taken up by `train(…, start=…)`.
+
+        After a `SpectrumMeasured`, that is of a step whose own event would be missing: take it one event later.
 
         Raises:
             LoRAError: Training has not begun.
@@ -130,6 +137,8 @@ class Training(Iterator[Event]):
                     taken = _step(model, losses_of, optimizer, micro_batches, config, self.step + 1, world)
                 self.step += 1
                 self.num_rows += sum(len(b["labels"]) for b in micro_batches)
+                if _measures_after(self.step, config):
+                    yield spectrum_measured(model, self.step)
                 yield taken
         finally:
             model.eval()  # also when the consumer stops early: dropout must not stay on
@@ -209,6 +218,19 @@ def _flattened(model: nn.Module, config: TrainConfig) -> list[tuple[Flat, float]
         ratio = config.lora_plus_ratio if id(p) in B else 1.0
         alike.setdefault((ratio, p.dtype), []).append(p)
     return [(Flat(parameters), ratio) for (ratio, _), parameters in alike.items()]
+
+
+def spectrum_measured(model: nn.Module, step: int) -> SpectrumMeasured:
+    """Returns the singular values of each ΔW of an adapted model as they stand; of DoRA, those of its B·A."""
+    layers = lora_layers(model)
+    sigmas = quick_sigma([Factors(*layer.pair, layer.scaling) for layer in layers.values()])
+    found = [[float(f"{value:.4g}") for value in sigma.tolist()] for sigma in sigmas]
+    return SpectrumMeasured(step, dict(zip(layers, found, strict=True)))
+
+
+def _measures_after(step: int, config: TrainConfig) -> bool:
+    every = max(config.spectrum_every, -(-config.steps // MOST_SPECTRA))
+    return config.spectrum_every > 0 and (step % every == 0 or step == config.steps)
 
 
 def _evaluates_after(step: int, config: TrainConfig) -> bool:

@@ -1,8 +1,10 @@
 """The page: a header that tells the truth, and the tabs."""
 
+import importlib
 import json
 import logging
 import shutil
+import threading
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import replace
@@ -233,6 +235,8 @@ def launch(
     workspace.incoming.mkdir()
     jobs.wake(studio.runs)
     gr.set_static_paths([workspace.downloads])  # handed out as they lie there, not copied first
+    # Imported while the page is opened, so that the first figure need not wait for it.
+    threading.Thread(target=importlib.import_module, args=("studio.figures",), daemon=True).start()
     page = build(studio).queue(default_concurrency_limit=8)
     page._queue.sleep_when_free = watch.QUEUE_SECONDS
     page.launch(

@@ -24,14 +24,16 @@ from core import (
     LoRAError,
     Noted,
     Resumed,
+    SpectrumMeasured,
     Started,
     Step,
     from_record,
     to_record,
 )
+from studio.spectra import Spectra
 from studio.workspace import write_whole
 
-_CHUNK_BYTES, _MAX_LINE_BYTES = 8_000_000, 1_000_000
+_CHUNK_BYTES, _MAX_LINE_BYTES = 8_000_000, 4_000_000  # a spectrum of many experts' matrices is long
 
 Values = tuple[Any, ...]
 """The fields of a step, in their order."""
@@ -104,6 +106,7 @@ class EventLog:
     Attributes:
         path: The file.
         steps, evaluations, notes: The events of each kind, in order; steps as columns, too.
+        spectra: What was measured of ΔW, as arrays.
         started, end: The last event of that kind, or None. `end` is `Finished` or `Failed`.
         checkpoint: The last `Checkpointed`, or None.
         num_events: How many were read.
@@ -121,6 +124,7 @@ class EventLog:
         self.steps = Steps()
         self.evaluations: list[Evaluated] = []
         self.notes: list[Noted] = []
+        self.spectra = Spectra()
         self.started: Started | None = None
         self.checkpoint: Checkpointed | None = None
         self.end: Finished | Failed | None = None
@@ -193,6 +197,8 @@ class EventLog:
             _, event = self._parse(line, number)
             if isinstance(event, tuple) and event[0] > step:
                 break
+            if isinstance(event, SpectrumMeasured) and event.step > step:
+                break
             if isinstance(event, Evaluated) and (event.step > step or (event.step == step and not is_evaluated)):
                 break
             if not isinstance(event, Finished | Failed):
@@ -223,6 +229,8 @@ class EventLog:
             return
         if isinstance(event, Evaluated):
             self.evaluations.append(event)
+        elif isinstance(event, SpectrumMeasured):
+            self.spectra.append(event)
         elif isinstance(event, Noted):
             self.notes.append(event)
         elif isinstance(event, Started):
@@ -253,17 +261,18 @@ class EventWriter:
         """Opens the file of `log`, which need not exist."""
         self._fd = os.open(log.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         # Half a line that a crash left would spoil the next one.
-        tail = os.pread(self._fd, 2**20, max(0, os.fstat(self._fd).st_size - 2**20))
-        os.ftruncate(self._fd, os.fstat(self._fd).st_size - len(tail) + tail.rfind(b"\n") + 1)
+        size = os.fstat(self._fd).st_size
+        tail = os.pread(self._fd, _MAX_LINE_BYTES, max(0, size - _MAX_LINE_BYTES))
+        os.ftruncate(self._fd, size - len(tail) + tail.rfind(b"\n") + 1)
 
     def write(self, event: Event) -> None:
-        """Appends `event` with the time; a line is on the disk before the next is written for all but steps."""
+        """Appends `event` with the time; it is on the disk before the next is written, but for steps and spectra."""
         line = (json.dumps({"time": round(time.time(), 3), **to_record(event)}) + "\n").encode()
         before = os.fstat(self._fd).st_size
         if os.write(self._fd, line) < len(line):  # the disk is full: half a line would spoil the next one
             os.ftruncate(self._fd, before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if not isinstance(event, Step):
+        if not isinstance(event, Step | SpectrumMeasured):
             os.fsync(self._fd)
 
     def close(self) -> None:

@@ -6,14 +6,8 @@ adapter. The page and the command line start it, and may end it at any time.
 
 import argparse
 import dataclasses
-import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +21,11 @@ from core import (
     World,
     framework_bytes,
     inject,
-    is_of_memory,
     peak_memory_bytes,
     resolve_devices,
     train,
 )
-from studio.jobs import ENVIRONMENT
+from studio.apart import Apart, answer
 from studio.specs import RunSpec
 from studio.workspace import Workspace
 
@@ -76,59 +69,22 @@ class Probing(Iterator[Noted | Probe]):
             workspace: Where the model's cache and uploads lie.
             full_rows: Take rows of `max_length` random tokens instead of the data's longest.
         """
-        command = [sys.executable, "-P", "-m", "studio.probe", str(workspace.root)]
-        self._log = tempfile.TemporaryFile("w+")  # whatever libraries print, nobody waits for it to be read
-        self._process = subprocess.Popen(
-            [*command, *(["--full-rows"] if full_rows else [])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            start_new_session=True,
-            env={**ENVIRONMENT, **os.environ},
-        )
-        with suppress(OSError):  # it ended at once, and says why
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(spec.to_dict()))
-            self._process.stdin.close()
-        self._is_closed = False
+        options = ["--full-rows"] if full_rows else []
+        self._apart = Apart("probe", "studio.probe", spec.to_dict(), str(workspace.root), *options)
 
     def __next__(self) -> Noted | Probe:
         """Raises: LoRAError: It cannot be done, or was ended from elsewhere."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            said = json.loads(line)
-            if "note" in said:
-                return Noted(said["note"])
-            if "problem" in said:
-                self.close()
-                raise LoRAError(said["problem"])
-            return Probe(**said)
-        code = self._process.wait()
-        if self._is_closed:
-            raise LoRAError("The probe was cancelled.")
-        if code == 0:
-            raise StopIteration
-        if code == -signal.SIGKILL:
-            raise LoRAError("The probe was killed, most likely by the system for want of memory: it does not fit.")
-        self._log.seek(0)
-        tail = self._log.read()[-2000:].strip().splitlines()
-        raise LoRAError(f"The probe ended by an error that was not foreseen: {tail[-1] if tail else f'code {code}'}")
+        said = next(self._apart)
+        return Noted(said["note"]) if "note" in said else Probe(**said)
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether its process is gone."""
+        return self._apart.is_ended
 
     def close(self) -> None:
         """Ends its process and all that it started; what it held is free then."""
-        self._is_closed = True
-        if self._process.poll() is None:
-            with suppress(OSError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_process"):
-            self.close()
-            assert self._process.stdout is not None
-            self._process.stdout.close()
-            self._log.close()
+        self._apart.close()
 
 
 def measure(spec: RunSpec, workspace: Workspace, *, full_rows: bool = False) -> Iterator[Noted | Probe]:
@@ -212,22 +168,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.framework:
         sys.stdout.write(f"{_framework(args.framework)}\n")
         return 0
-    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no line of ours
 
-    def say(line: dict[str, Any]) -> None:
-        print(json.dumps(line), file=out, flush=True)
-
-    try:
-        spec = RunSpec.from_dict(json.load(sys.stdin))
+    def work(asked: Any) -> Iterator[dict[str, Any]]:
+        spec = RunSpec.from_dict(asked)
         for found in measure(spec, Workspace(args.workspace), full_rows=args.full_rows):
-            say({"note": found.message} if isinstance(found, Noted) else dataclasses.asdict(found))
-    except LoRAError as error:
-        say({"problem": str(error)})
-    except Exception as error:
-        if not is_of_memory(error):
-            raise
-        say({"problem": "Not enough memory: it does not fit this device. “Fit it for me” says what may help."})
-    return 0
+            yield {"note": found.message} if isinstance(found, Noted) else dataclasses.asdict(found)
+
+    return answer(work, "Not enough memory: it does not fit this device. “Fit it for me” says what may help.")
 
 
 if __name__ == "__main__":

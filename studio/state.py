@@ -5,23 +5,45 @@ import inspect
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
 import gradio as gr
-from torch import nn
+from torch import Tensor, nn
 
-from core import Adapter, Factors, LoRAError, Spectrum, plan, quoted, resolve_devices, resolve_dtype, spectrum
+from core import (
+    Adapter,
+    Amplification,
+    Comparison,
+    Factors,
+    Intruders,
+    LoRAError,
+    Spectrum,
+    TrainConfig,
+    WeightSVD,
+    amplification,
+    compare,
+    intruder_dimensions,
+    plan,
+    quoted,
+    resolve_devices,
+    resolve_dtype,
+    spectra,
+    weight_svd,
+)
 from studio import data, hub, jobs, models, sweeps
 from studio.chat import Engine
+from studio.checkpoints import ADAPTER_FILES
 from studio.history import Shown
 from studio.model_files import STARTER
+from studio.opened import Opened, Source, read_matrix
 from studio.planner import Planner
 from studio.runs import Run, Runs
 from studio.specs import RunSpec
 from studio.tables import Table, mends_of, read_table, split_source
+from studio.words import Vocabulary, vocabulary
 from studio.workspace import Workspace
 
 log = logging.getLogger("studio")
@@ -49,7 +71,7 @@ class Studio:
         self.shown = Shown(workspace.cache / "history.json")
         self.log_file = workspace.root / "studio.log"
         self._locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)  # a slow kind holds up no other
-        self._kept: dict[str, tuple[Any, Any]] = {}
+        self._kept: defaultdict[str, dict[Any, Any]] = defaultdict(dict)
 
     def tokenizer(self, model: str) -> Any:
         """Returns the model's tokenizer."""
@@ -82,17 +104,136 @@ class Studio:
         key = (source, eval_source, *changed)
         return self._keep("table", key, lambda: read_table(source, self.workspace, eval_source))
 
-    def spectra(self, run: Run) -> dict[str, tuple[Factors, Spectrum]]:
-        """Returns path → factors and spectrum of a run's adapter, as it was last saved.
+    def opened(self, source: Source) -> Opened:
+        """Returns the adapter at `source`, as it is there now.
 
         Raises:
-            LoRAError: The run has no adapter yet.
+            LoRAError: There is none, it cannot be read or does not fit its model, or pages may not open its place.
         """
-        return self._keep("spectra", self._adapter_key(run), lambda: _spectra_of(Adapter.load(run.adapter_folder)))
+        key = self.place_of(source)
+        return self._keep("opened", key, lambda: self._open(source, key), most=4)
+
+    def place_of(self, source: Source) -> tuple[Source, tuple[int, ...]]:
+        """Returns `source` with the times of its files, which change with the adapter.
+
+        Raises:
+            LoRAError: As of `opened`, as far as that can be said without reading the adapter.
+        """
+        if source.run:
+            run = self.runs.get(source.run)
+            folder = run.adapter_folder if source.step is None else run.checkpoints.at(source.step)
+            if source.step is None and not run.has_adapter:
+                raise LoRAError(
+                    f"“{run.spec.name}” has no adapter yet; it is saved at the first evaluation and at the end."
+                )
+            files = [folder / name for name in ADAPTER_FILES]
+        else:
+            self._check_place("adapter", source.path)
+            place = Path(source.path)
+            files = [place / name for name in ADAPTER_FILES] if place.is_dir() else [place]
+        return source, tuple(file.stat().st_mtime_ns for file in files if file.exists())
+
+    def spectra(self, opened: Opened) -> dict[str, tuple[Factors, Spectrum]]:
+        """Returns path → factors and spectrum of an adapter.
+
+        Raises:
+            LoRAError: The adapter holds NaN or infinity.
+        """
+        return self._keep("spectra", opened.key, lambda: _spectra_of(opened.adapter), most=4)
+
+    def weight(self, opened: Opened, path: str) -> Tensor:
+        """Returns W of one matrix of an adapter's base model, (out_features, in_features), in the type stored.
+
+        Raises:
+            LoRAError: The base model is not at hand, or keeps that matrix in a form that cannot be read alone.
+        """
+        if opened.model is None:
+            named = opened.adapter.base_model
+            raise LoRAError(
+                f"W must be at hand for this, and the base model ({named or 'which the adapter does not name'}) is "
+                "not; name it where the adapter is opened."
+            )
+        return read_matrix(opened.model, self.workspace, path, self.skeleton(opened.model))
+
+    def weight_svd(self, opened: Opened, path: str) -> WeightSVD:
+        """Returns the whole SVD of W of one matrix; seconds for a large one, the first time.
+
+        Raises:
+            LoRAError: As of `weight`.
+        """
+        key = (opened.model, path)
+        return self._keep(
+            "svd", key, lambda: weight_svd(self.weight(opened, path), self.workspace.cache / "svd"), most=2
+        )
+
+    def comparison(self, first: Opened, second: Opened) -> Comparison:
+        """Returns what two adapters share, matrix by matrix.
+
+        Raises:
+            LoRAError: Matrices of one path differ in shape, or one of the two is DoRA's.
+        """
+        make = functools.partial(compare, first.adapter, second.adapter)
+        return self._keep("comparison", (first.key, second.key), make, most=2)
+
+    def intruders(self, opened: Opened, k: int, paths: Iterable[str]) -> Iterator[dict[str, Intruders | LoRAError]]:
+        """Yields, matrix by matrix, path → the k strongest directions of W + ΔW; what is known is kept.
+
+        W's whole SVD is needed: seconds for each large W, the first time. An error stands where W cannot be read.
+
+        Raises:
+            LoRAError: The base model is not at hand.
+        """
+        known = self._keep("intruders", (opened.key, k), dict, most=4)
+        for path in paths:
+            if path not in known:
+                try:
+                    svd = self.weight_svd(opened, path)
+                    known[path] = intruder_dimensions(opened.adapter.factors[path], svd, min(k, len(svd.sigma)))
+                except LoRAError as error:
+                    if opened.model is None:
+                        raise
+                    known[path] = error
+            yield known
+
+    def vocabulary(self, model: str, side: str) -> tuple[Vocabulary, float]:
+        """Returns the vectors of a model's tokens, as they are read or written, and chance's largest cosine with them.
+
+        Raises:
+            LoRAError: The model has none, or they cannot be read.
+        """
+
+        def make() -> tuple[Vocabulary, float]:
+            found = vocabulary(self.skeleton(model), model, self.workspace, side)
+            return found, found.chance()
+
+        return self._keep("vocabulary", (model, side), make, most=2)
+
+    def amplifications(self, opened: Opened) -> Iterator[dict[str, Amplification | LoRAError | None]]:
+        """Yields, matrix by matrix, path → how its ΔW lies towards W; what is known is kept, so it may be stopped.
+
+        None stands where ΔW = 0, an error where W cannot be read.
+
+        Raises:
+            LoRAError: The base model is not at hand.
+        """
+        known = self._keep("amplification", opened.key, dict, most=4)
+        for path, (_, found) in self.spectra(opened).items():
+            if path not in known:
+                try:
+                    known[path] = amplification(found, self.weight(opened, path))
+                except LoRAError as error:
+                    if opened.model is None:
+                        raise
+                    known[path] = error  # such as of an expert whose stack is stored in pieces
+            yield known
 
     def engine(self, run: Run) -> Engine:
         """Returns the chat engine of a run: its base model, its adapter, and the merged twin."""
-        return self._keep("engine", self._adapter_key(run), lambda: self._load_engine(run))
+        return self.engine_of(self.opened(Source(run.id)))
+
+    def engine_of(self, opened: Opened) -> Engine:
+        """Returns the chat engine of an adapter whose base model is at hand; one is kept, of whatever adapter."""
+        return self._keep("engine", opened.key, lambda: self._load_engine(opened))
 
     def check(self, spec: RunSpec) -> None:
         """Checks a spec against its model and data as far as that takes no weights.
@@ -138,32 +279,47 @@ class Studio:
             "the page; copy it there, or start the studio with --allow-path and its folder."
         )
 
-    def _load_engine(self, run: Run) -> Engine:
-        model = run.spec.model
-        device = resolve_devices(run.spec.train.device)[0]
+    def _load_engine(self, opened: Opened) -> Engine:
+        model, config = opened.model or "", opened.run.spec.train if opened.run else TrainConfig()
+        device = resolve_devices(config.device)[0]
         small = self.info(model).num_parameters <= FP32_CHAT_LIMIT
-        dtype = resolve_dtype("fp32" if device.type == "cpu" and small else run.spec.train.precision, device)
+        dtype = resolve_dtype("fp32" if device.type == "cpu" and small else config.precision, device)
         loaded = models.load_model(model, self.workspace, device=str(device), dtype=dtype)
         ends = frozenset(models.end_token_ids(loaded, self.tokenizer(model)))
-        return Engine(
-            loaded, Adapter.load(run.adapter_folder), ends, is_cpu_shared=lambda: self.runs.running() is not None
-        )
+        return Engine(loaded, opened.adapter, ends, is_cpu_shared=lambda: self.runs.running() is not None)
 
-    def _adapter_key(self, run: Run) -> tuple[str, int]:
-        if not run.has_adapter:
-            raise LoRAError(
-                f"“{run.spec.name}” has no adapter yet; it is saved at the first evaluation and at the end."
-            )
-        return run.id, (run.adapter_folder / "adapter_model.safetensors").stat().st_mtime_ns
+    def _open(self, source: Source, key: Hashable) -> Opened:
+        if source.run:
+            run = self.runs.get(source.run)
+            at = "" if source.step is None else f", step {source.step}"
+            folder = run.adapter_folder if source.step is None else run.checkpoints.at(source.step)
+            return Opened(source, run.spec.name + at, Adapter.load(folder), run.spec.model, run, key)
+        adapter = Adapter.load(source.path, scaling=source.scaling, parts=source.parts or None)
+        if source.model:
+            self.check_model(source.model)
+            adapter.check_fit(self.skeleton(source.model))
+        return Opened(source, Path(source.path).name, adapter, source.model or self._model_of(adapter), None, key)
 
-    def _keep(self, kind: str, key: Any, make: Callable[[], Any]) -> Any:
-        """Returns the last thing of its kind if it was made for `key`, or makes it and forgets the last."""
+    def _model_of(self, adapter: Adapter) -> str | None:
+        """Returns the base model that an adapter names, where it is here: nothing is fetched without being asked."""
+        model = adapter.base_model or ""
+        try:
+            if model != STARTER:
+                self._check_place("model", model)
+            adapter.check_fit(self.skeleton(model))
+        except LoRAError:
+            return None
+        return model
+
+    def _keep(self, kind: str, key: Hashable, make: Callable[[], Any], most: int = 1) -> Any:
+        """Returns the thing of that kind and key, made now unless it is one of the last `most` that were."""
         with self._locks[kind]:
-            kept = self._kept.get(kind)
-            if kept is None or kept[0] != key:
-                self._kept.pop(kind, None)  # before the next is made: two models need not fit at once
-                self._kept[kind] = (key, make())
-            return self._kept[kind][1]
+            kept = self._kept[kind]
+            if key not in kept:
+                for oldest in [*kept][: max(0, len(kept) - most + 1)]:
+                    del kept[oldest]  # before the next is made: two models need not fit at once
+                kept[key] = make()
+            return kept[key]
 
     def guard(self, handler: F) -> F:
         """Returns `handler` for use as an event handler: what it raises is shown as one sentence.
@@ -203,4 +359,5 @@ class Studio:
 
 
 def _spectra_of(adapter: Adapter) -> dict[str, tuple[Factors, Spectrum]]:
-    return {path: (f, spectrum(f)) for path, f in adapter.factors.items()}
+    found = spectra(adapter.factors)
+    return {path: (f, found[path]) for path, f in adapter.factors.items()}

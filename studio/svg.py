@@ -27,7 +27,8 @@ def to_svg(figure: Figure, label: str) -> str:
 
     Ink takes the page's text colour and text its font; the background is the page's. It scales with
     the width it is given, between sizes at which text is readable. Ids are the figure's own, so that
-    many figures fit on one page. The same figure and label give the same string.
+    many figures fit on one page. The same figure and label give the same string. What can be pointed at
+    (`Plot.regions`) are rectangles with their words as a title.
 
     Args:
         figure: One of `studio.figures`, or another whose ink is `INK`.
@@ -56,6 +57,10 @@ def to_svg(figure: Figure, label: str) -> str:
         "style": f"min-width: {_SCALES[0] * width:.0f}px; max-width: {_SCALES[1] * width:.0f}px; "
         "font-variant-numeric: tabular-nums",
     }
+    for name, ((x, y, w, h), words) in getattr(figure, "regions", {}).items():
+        place = {"x": f"{x:.2f}", "y": f"{y:.2f}", "width": f"{w:.2f}", "height": f"{h:.2f}"}
+        area = ET.SubElement(root, "rect", {**place, "data-name": printable(name), "fill": "transparent"})
+        ET.SubElement(area, "title").text = printable(words)
     text = ET.tostring(root, encoding="unicode")
     return text.replace(_PLACE, "f" + hashlib.sha256(text.encode()).hexdigest()[:12])
 
@@ -70,10 +75,16 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     ending = path.suffix.lower()
     if ending not in (".png", ".svg"):
         raise LoRAError(f"`path` (={path}) must end in .png or .svg.")
-    if ending == ".svg":
-        path.write_bytes(_svg(figure, fonttype="path", facecolor="white"))
-    else:
-        figure.savefig(path, format="png", dpi=150, facecolor="white")
+    path.write_bytes(figure_bytes(figure, ending[1:]))
+
+
+def figure_bytes(figure: Figure, kind: str) -> bytes:
+    """Returns `figure` as a file, "png" (150 dpi) or "svg", in dark ink on white."""
+    if kind == "svg":
+        return _svg(figure, fonttype="path", facecolor="white")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
+    return buffer.getvalue()
 
 
 def printable(text: str) -> str:

@@ -121,6 +121,11 @@ CSS = f"""
 .lengths .cut.left b {{ left: auto; right: .45rem; }}
 #cut-off input {{ display: block; width: calc(100% - 4.3rem + 1rem); margin: 0 0 0 calc(3.2rem - .5rem);
   accent-color: var(--adapted); cursor: ew-resize; }}
+#cut-keep {{ align-items: flex-end; }}
+#past-slider {{ display: flex; flex-direction: column; }}
+#past-slider input {{ display: block; width: 100%; max-width: 713px; accent-color: var(--adapted); }}
+#past-slider output {{ font-size: .85rem; font-variant-numeric: tabular-nums; }}
+#past-plot .mark {{ stroke: var(--body-text-color); stroke-width: 1.2; }}
 .said.good {{ border-color: #2e7d4f; }} .dark .said.good {{ border-color: #6cc393; }}
 :is(#survey-progress, #advice):not(:has(.progress, .said)) {{ display: none; }}
 .stacked .wrap {{ flex-direction: column; align-items: stretch; gap: .35rem; }}
@@ -132,6 +137,27 @@ CSS = f"""
 #worker-log {{ margin: 0; max-height: 16rem; overflow: auto; font-size: .8rem; white-space: pre-wrap; }}
 .figure svg {{ width: 100%; height: auto; display: block; color: var(--body-text-color); }}
 .figure {{ overflow-x: auto; }}
+.picture .below {{ display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .5rem 0; }}
+.picture button {{ font-size: .8rem; padding: .15rem .6rem; border: 1px solid var(--border-color-primary);
+  border-radius: 999px; background: none; color: var(--body-text-color-subdued); cursor: pointer; }}
+.picture button:is(:hover, :focus-visible) {{ color: var(--body-text-color); border-color: currentColor; }}
+.picture rect[data-name] {{ cursor: pointer; }}
+.picture rect[data-name]:hover {{ stroke: var(--body-text-color); stroke-width: 1.2; }}
+.picture summary {{ cursor: pointer; font-size: .85rem; color: var(--body-text-color-subdued); }}
+.picture pre {{ margin: .4rem 0 0; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
+#read-again {{ align-self: flex-start; width: auto; min-width: 0; }}
+.words h4 {{ margin: 0; }} .words h5 {{ margin: .9rem 0 .3rem; font-size: .85rem; font-weight: 600; }}
+.words .both {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .25rem 1.5rem; }}
+.tokens {{ list-style: none; margin: 0; padding: 0; }}
+.tokens li {{ display: grid; grid-template-columns: minmax(0, 1fr) 6rem 3rem; gap: .5rem; align-items: center;
+  font-size: .85rem; line-height: 1.5; font-variant-numeric: tabular-nums; }}
+.tokens li > :last-child {{ text-align: right; }}
+.tokens code {{ overflow: hidden; text-overflow: ellipsis; white-space: pre; unicode-bidi: isolate; }}
+.tokens code:is(.special, .bytes) {{ font-style: italic; opacity: .75; }}
+.tokens .faint {{ opacity: .55; }}
+.tokens .bar {{ position: relative; height: .55rem; background: var(--border-color-primary); border-radius: 2px; }}
+.tokens .bar i {{ position: absolute; inset: 0 auto 0 0; background: var(--adapted); border-radius: 2px; }}
+.tokens .bar b {{ position: absolute; top: -.15rem; bottom: -.15rem; border-left: 2px dashed var(--body-text-color); }}
 table.plain {{ border: 0 !important; border-collapse: collapse; width: 100%; margin: 0;
   font-variant-numeric: tabular-nums; }}
 table.plain :is(thead, tbody, tr) {{ border: 0 !important; }}
@@ -170,6 +196,15 @@ def said(sentences: str | list[str], kind: str = "") -> str:
     """Returns HTML of sentences to read, escaped; `kind` is "", "warn" or "error"."""
     lines = [sentences] if isinstance(sentences, str) else sentences
     return f'<div class="said {kind}" role="status">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>'
+
+
+def progress(done: int, total: int, what: str) -> str:
+    """Returns HTML of how far something is: so many of so many `what`."""
+    return (
+        f'<div class="progress" role="progressbar" aria-valuenow="{done}" aria-valuemax="{total}" '
+        f'aria-label="{escape(what)}"><span style="width:{100 * done / max(1, total):.1f}%"></span></div>'
+        f'<div class="sub-line">{done:,} of {total:,} {escape(what)}</div>'
+    )
 
 
 def chip(status: str) -> str:

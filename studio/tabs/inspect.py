@@ -148,12 +148,7 @@ def survey(studio: Studio, model: str, spec: data.DataSpec) -> Iterator[Look]:
 
 def going(found: Survey) -> str:
     """Returns HTML of how far a look is."""
-    share = 100 * found.num_read / max(1, found.num_taken)
-    return (
-        f'<div class="progress" role="progressbar" aria-valuenow="{found.num_read}" aria-valuemax="{found.num_taken}" '
-        f'aria-label="Rows looked at"><span style="width:{share:.1f}%"></span></div>'
-        f'<div class="sub-line">{found.num_read:,} of {found.num_taken:,} rows</div>'
-    )
+    return theme.progress(found.num_read, found.num_taken, "rows")
 
 
 def show(look: Look | None, longest: Any, chosen: str | None) -> list[Any]:

@@ -162,8 +162,12 @@ SMALL: dict[str, Callable[[dict[str, np.ndarray]], np.ndarray]] = {
 }
 
 
+SPECTRUM = ("σ₁ of ΔW, mean over matrices", "Effective rank of ΔW, mean")
+"""What `Spectra.means` gives, in its order."""
+
+
 def charts(log: EventLog) -> str:
-    """Returns HTML of the loss and, below it, the four small charts."""
+    """Returns HTML of the loss and, below it, the four small charts, and two of ΔW where it was measured."""
     steps = log.steps.columns()
 
     def points(values: np.ndarray) -> np.ndarray:
@@ -177,6 +181,10 @@ def charts(log: EventLog) -> str:
     small = [
         live.chart(title, [live.Curve("", ADAPTED, points(value(steps)))], height=110) for title, value in SMALL.items()
     ]
+    measured, means = log.spectra.steps, log.spectra.means()
+    for place, title in enumerate(SPECTRUM) if len(measured) else ():
+        values = np.stack([measured[: len(means)], means[: len(measured), place]], axis=1)
+        small.append(live.chart(title, [live.Curve("", ADAPTED, values)], height=110))
     return f'<div class="charts">{drawn}{"".join(small)}</div>'
 
 

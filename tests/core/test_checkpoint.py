@@ -15,6 +15,7 @@ from core import (
     LoRAConfig,
     LoRAError,
     NonFiniteLossError,
+    SpectrumMeasured,
     Step,
     TrainConfig,
     inject,
@@ -56,7 +57,14 @@ def batches(make_batch):
 
 
 def config(**values) -> TrainConfig:
-    usual = {"steps": STEPS, "warmup_steps": 0, "learning_rate": 0.01, "eval_every": 2, "device": "cpu"}
+    usual = {
+        "steps": STEPS,
+        "warmup_steps": 0,
+        "learning_rate": 0.01,
+        "eval_every": 2,
+        "spectrum_every": 3,
+        "device": "cpu",
+    }
     return TrainConfig(**(usual | values))
 
 
@@ -85,8 +93,12 @@ def test_a_break_changes_nothing_that_comes_after(lora, training, dtype, adapted
     model = adapted(dtype=dtype, **SETTINGS[lora])
     whole = list(train(model, batches(0, STEPS * per_step), chosen, eval_batches=held_out))
     assert [type(e) for e in whole].count(Evaluated) == 5  # before the first step, after 2, 4, 6, and at the end
-    # After Started, after an evaluation, between a step and its evaluation; for one case after every event.
-    for taken in range(1, len(whole)) if lora == "plain" else (4, 5, 6):
+    assert [type(e) for e in whole].count(SpectrumMeasured) == 3
+    # After Started, after an evaluation, between a step and its evaluation; for one case after every event but those
+    # that come just before their step's own.
+    for taken in range(1, len(whole)) if lora == "plain" else (4, 5, 7):
+        if isinstance(whole[taken - 1], SpectrumMeasured):
+            continue
         first = adapted(dtype=dtype, **SETTINGS[lora])
         broken_off = train(first, batches(0, STEPS * per_step), chosen, eval_batches=held_out)
         before = [next(broken_off) for _ in range(taken)]

@@ -189,7 +189,7 @@ def test_lora_plus_gives_B_its_own_rate(build, make_batch):
         inject(model, LoRAConfig(r=2, target_modules=("up",)))
         before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         config = TrainConfig(
-            steps=1, warmup_steps=0, schedule="constant", learning_rate=1e-3, lora_plus_ratio=ratio, device="cpu"
+            steps=1, warmup_steps=0, schedule="constant", learning_rate=1e-3, lora_plus_ratio=ratio, spectrum_every=0
         )
         events = list(train(model, [make_batch((2,))], config))
         assert events[1].learning_rate == 1e-3

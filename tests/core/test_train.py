@@ -26,7 +26,7 @@ from core import (
 from core.train import learning_rate
 
 MODELS = ["llama", "gpt2", "plain"]
-CPU = {"device": "cpu", "precision": "fp32"}
+CPU = {"device": "cpu", "precision": "fp32", "spectrum_every": 0}
 
 
 @pytest.fixture
@@ -81,6 +81,13 @@ def test_the_loss_falls(adapted, make_batch, name):
     events = steps_of(train(model, [batch] * 30, config(30, learning_rate=0.02), eval_batches=[batch]))
     assert events[-1].loss < 0.6 * events[0].loss
     assert evaluate(model, [batch]).loss < events[-1].loss + 0.05
+
+
+def test_a_model_that_is_not_adapted_nor_frozen_can_be_evaluated(build, make_batch):
+    model, batch = build("llama"), make_batch((2, 1, 3))
+    model.requires_grad_(True)
+    expected = full_logits_losses(model, batch).mean().item()
+    assert evaluate(model, [batch]).loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,7 +15,18 @@ from matplotlib.text import Text
 from PIL import Image
 
 from core import Factors, LoRAError, Spectrum, random_sigma, spectrum
-from studio.figures import heat_figure, loss_figure, profile_figure, sigma_figure
+from studio.figures import (
+    alignment_figure,
+    damping_figure,
+    heat_figure,
+    intruder_figure,
+    loss_figure,
+    profile_figure,
+    sigma_figure,
+    similarity_figure,
+    weight_figure,
+)
+from studio.figures.heat import MOST_REGIONS
 from studio.palette import ADAPTED, ADAPTED_SOFT, CHANCE
 from studio.svg import INK, save_figure, to_svg
 
@@ -408,3 +419,87 @@ def test_figures_drawn_in_several_threads_come_out_the_same():
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(draw, range(8))) == [draw(size) for size in range(8)]
+
+
+# Weights, subspaces, intruders
+
+
+def test_the_noise_beside_w_is_that_of_a_gaussian_matrix_of_its_size_and_norm():
+    shape = (300, 120)
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sigma = torch.linalg.svdvals(W)
+    axes = weight_figure(sigma, shape).axes[0]
+    noise, own, edge = axes.lines
+    assert np.abs(noise.get_ydata() / own.get_ydata() - 1).max() < 0.06, "W is noise, and lies on its curve"
+    assert edge.get_ydata()[0] == pytest.approx(float(W.norm()) / math.sqrt(300 * 120) * (300**0.5 + 120**0.5))
+    spiked = torch.linalg.svdvals(W + 60 * torch.nn.functional.one_hot(torch.tensor(0), 120))
+    assert "1 of 120 above" in texts(weight_figure(spiked, shape))
+    with pytest.raises(LoRAError, match=r"`sigma` \(=\(119,\)\) must be all 120 singular values"):
+        weight_figure(sigma[1:], shape)
+
+
+def test_shares_of_w_s_directions_rise_from_none_to_all_and_chance_is_a_straight_line():
+    full = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    figure = alignment_figure({"reads": (full[:6].abs(), 40), "writes": (full[:6, :10].abs(), 40)})
+    reads, writes = figure.axes
+    chance, *shares = reads.lines
+    assert [line.get_label() for line in shares] == ["ΔW's first", "first 4", "first 6"]
+    assert chance.get_ydata().tolist() == pytest.approx([100 * j / 40 for j in range(1, 41)])
+    for line in shares:
+        assert np.all(np.diff(line.get_ydata()) >= 0) and line.get_ydata()[-1] == pytest.approx(100)
+    assert len(writes.lines[1].get_ydata()) == 10
+    assert reads.get_ylim()[1] > 100 and writes.get_ylim() == reads.get_ylim(), "both sides are seen whole"
+    assert "no directions yet" in texts(alignment_figure({"reads": (torch.zeros(0, 10), 40)}))
+
+
+def test_panels_of_similarity_share_one_scale_and_say_their_mean():
+    panels = {"trained": torch.full((4, 8), 0.5), "chance": torch.full((4, 8), 0.01)}
+    figure = similarity_figure(panels, first="r = 4", second="<b>r = 8</b>")
+    images = [image for axes in figure.axes for image in axes.images]
+    assert [image.get_clim() for image in images] == [(0, 1), (0, 1)]
+    said = texts(figure)
+    assert "trained, mean 0.50" in said and "chance, mean 0.01" in said and "of r = 4" in said
+    assert "<b>" not in to_svg(figure, "x")
+    assert "no directions in this basis" in texts(similarity_figure({"trained": torch.zeros(0, 4)}))
+
+
+def test_intruders_are_framed_and_below_the_threshold():
+    cosines = torch.eye(6)[:, [0, 1, 2, 3, 4, 5]] * torch.tensor([1, 0.9, 0.2, 0.95, 0.3, 1.0])
+    figure = intruder_figure(cosines, torch.arange(6, 0, -1), 0.5, 0.1)
+    above, below = figure.axes[:2]
+    assert [patch.get_x() for patch in above.patches] == [2.5, 4.5]
+    framed = [bar for bar in below.patches if bar.get_edgecolor() == above.patches[0].get_edgecolor()]
+    assert [round(bar.get_height(), 3) for bar in framed] == [0.2, 0.3]
+    assert sorted(line.get_ydata()[0] for line in below.lines) == [0.1, 0.5]
+    none = intruder_figure(torch.eye(6), torch.ones(6), 0.5, 0.1)
+    assert not none.axes[0].patches and "intruder" not in texts(none)
+
+
+def test_damping_draws_the_control_and_the_base_model_beside_it():
+    losses = {"held-out rows": {1.0: (2.0, 2.0), 0.0: (2.5, 2.2)}, "general text": {1.0: (3.0, 3.0), 0.0: (2.9, 2.8)}}
+    figure = damping_figure(losses, {"general text": 2.7})
+    rows, general = figure.axes
+    assert [line.get_label() for line in general.lines] == ["control: ΔW shrunk", "intruders damped", "base model"]
+    assert len(rows.lines) == 2 and rows.lines[1].get_ydata().tolist() == [2.5, 2.0]
+    assert "Nothing is measured yet" in texts(damping_figure({"held-out rows": {}}, {}))
+
+
+def test_the_cells_of_a_heat_map_can_be_pointed_at_where_they_are_seen():
+    values = {path: float(sigma[0]) for path, sigma in spectra(num_layers=5).items()}
+    figure = heat_figure(values, title="σ₁")
+    width, height = figure.get_size_inches() * 72
+    grid = figure.axes[0].get_window_extent()
+    inside = {}
+    for path, ((x, y, w, h), words) in figure.regions.items():
+        assert x >= 0 and x + w <= width and y >= 0 and y + h <= height
+        assert words.startswith(f"{path}: ")
+        inside[path] = (round(x, 3), round(y, 3))
+    assert inside.keys() == values.keys() and len(set(inside.values())) == len(values)
+    area = sum(w * h for (_, _, w, h), _ in figure.regions.values())
+    assert area == pytest.approx(grid.width * grid.height * (72 / figure.dpi) ** 2, rel=1e-6), "they cover the map"
+    ordered = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(5)]
+    assert [inside[path][0] for path in ordered] == sorted(inside[path][0] for path in ordered)
+    drawn = ET.fromstring(to_svg(figure, "x"))
+    areas = [e for e in drawn.iter() if e.get("data-name")]
+    assert [e.get("data-name") for e in areas] == list(values) and areas[0][0].text.startswith(f"{ordered[0]}: ")
+    assert not heat_figure({f"a.{i}.b": 1.0 for i in range(MOST_REGIONS + 1)}, title="x").regions

@@ -95,7 +95,7 @@ def test_a_probe_says_in_a_sentence_what_is_wrong_and_can_be_cancelled(spec, wor
     probing = Probing(spec, workspace)
     next(probing)
     probing.close()
-    assert probing._process.poll() is not None
+    assert probing.is_ended
     with pytest.raises(LoRAError, match="cancelled"):
         list(probing)
 

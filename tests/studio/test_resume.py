@@ -37,6 +37,7 @@ TRAIN = TrainConfig(
     batch_size=4,
     learning_rate=1e-2,
     eval_every=4,
+    spectrum_every=2,
     warmup_steps=2,
     checkpoint_every=3,
     max_length=96,
@@ -93,13 +94,13 @@ def break_off(run: Run, monkeypatch, when) -> None:
 
 
 def told(run: Run) -> list[tuple]:
-    """Steps and evaluations as they stand in the log, without time and memory."""
+    """Steps, evaluations and spectra as they stand in the log, without time and memory."""
     lines = [json.loads(line) for line in (run.folder / "events.jsonl").read_bytes().splitlines()]
     changing = ("time", "step_seconds", "evaluate_seconds", "memory_bytes")
     return [
         tuple(value for key, value in line.items() if key not in changing)
         for line in lines
-        if line["event"] in ("Step", "Evaluated")
+        if line["event"] in ("Step", "Evaluated", "SpectrumMeasured")
     ]
 
 

@@ -16,6 +16,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from core import (
     ALL_LINEAR,
+    Adapter,
     Evaluated,
     Factors,
     Failed,
@@ -29,6 +30,7 @@ from core import (
     adaptable,
     amplification,
     plan,
+    random_sigma,
     resolve_devices,
     spectrum,
 )
@@ -37,6 +39,7 @@ from studio import data, jobs, matrices, models
 from studio.chat import Answer
 from studio.data import DataSpec
 from studio.forms import Form
+from studio.opened import Opened, Source
 from studio.runs import Run
 from studio.specs import RunSpec
 from studio.state import Studio
@@ -45,8 +48,8 @@ from studio.tabs import chat as chat_tab
 from studio.tabs import data as data_tab
 from studio.tabs import model as model_tab
 from studio.tabs import runs as runs_tab
-from studio.tabs import spectrum as spectrum_tab
 from studio.tabs import train as train_tab
+from studio.tabs.spectrum import matrix, overview
 
 HOSTILE = '<img src=x onerror="alert(1)">&amp;'
 STARTED = Started(60, 384, 10_000, "cpu", "bfloat16", "resident memory of the process")
@@ -514,7 +517,7 @@ W = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 
 def table_7(found: Factors, r: int | None = None) -> str:
     names = {"ΔW": "delta", "W": "weight", "random": "random"}
-    return spectrum_tab.table_7({title: amplification(found, W, r, kind) for title, kind in names.items()})
+    return matrix.table_7({title: amplification(found, W, r, kind) for title, kind in names.items()})
 
 
 def test_table_7_holds_the_numbers_of_a_dense_computation():
@@ -525,13 +528,16 @@ def test_table_7_holds_the_numbers_of_a_dense_computation():
     own = float(torch.linalg.vector_norm(torch.linalg.svdvals(W.double())[:2]))
     null = 2 * weight_norm / math.sqrt(8 * 6)
     read = Read(table_7(factors()))
-    assert read.text[:4] == ["U, V from", "ΔW", "W", "random"]
-    rows = {read.text[i]: read.text[i + 1 : i + 4] for i in range(4, 20, 4)}
+    assert read.text[:9] == ["This matrix", "GPT-3, r = 4 (paper)", "U, V from", *2 * ["ΔW", "W", "random"]]
+    rows = {read.text[i]: read.text[i + 1 : i + 7] for i in range(9, 37, 7)}
     assert rows["‖Uᵀ W V‖"][:2] == [f"{projected:.3f}", f"{own:.3f}"]
-    assert rows["chance level"] == [f"{null:.3f}"] * 3
+    assert rows["chance level"][:3] == [f"{null:.3f}"] * 3
     assert rows["enrichment (× chance)"][:2] == [f"{projected / null:.2f}", f"{own / null:.2f}"]
     assert rows["‖ΔW‖ / ‖Uᵀ W V‖"][:2] == [f"{delta_norm / projected:.2f}", f"{delta_norm / own:.2f}"]
-    said = " ".join(read.text[20:])
+    # The paper's own, of which its text names 21.5 and science since then the level of chance.
+    assert rows["‖Uᵀ W V‖"][3:] == ["0.32", "21.67", "0.02"] and rows["chance level"][3:] == ["0.02"] * 3
+    assert float(rows["‖ΔW‖ / ‖Uᵀ W V‖"][3]) == pytest.approx(21.5, rel=0.01)
+    said = " ".join(read.text[37:])
     assert f"‖W‖ = {weight_norm:.3f}, ‖ΔW‖ = {delta_norm:.3f}; the top r = 2 directions" in said
     assert f"amplifies its directions by {delta_norm / projected:.2f}" in said
 
@@ -544,17 +550,30 @@ def test_table_7_of_an_update_that_is_zero_says_so():
 def test_the_overview_is_one_picture_in_which_paths_stay_text():
     paths = ["model.layers.0.q_proj", "model.layers.1.q_proj", "model.layers.0.<script>x</script>"]
     spectra = {path: spectrum(factors(i)) for i, path in enumerate(paths)}
-    for quantity in spectrum_tab.QUANTITIES:
-        read = Read(spectrum_tab.overview(spectra, quantity))
-        assert read.tags[0] == "div" and read.tags[1] == "svg" and read.tags.count("svg") == 1
+    both = {path: (factors(i), s) for i, (path, s) in enumerate(spectra.items())}
+    for title, quantity in overview.QUANTITIES.items():
+        values = {path: None if quantity.needs_weight else quantity.value(s) for path, s in spectra.items()}
+        values[paths[0]] = 1.0
+        note = overview.chance_note(both, quantity)
+        read = Read(overview.overview(title, values, note, {path: f for path, (f, _) in both.items()}, "1").page())
+        assert read.tags[:3] == ["div", "div", "svg"] and read.tags.count("svg") == 1
         assert "script" not in read.tags
-        assert quantity in " ".join(read.text)
+        assert title in " ".join(read.text) and note in " ".join(read.text)
+
+
+def test_the_chance_of_a_quantity_is_that_of_gaussian_factors_of_the_same_norm():
+    f = factors(3.0)
+    sigma = random_sigma(f)
+    for title, level in {"Largest σ": float(sigma[0]), "Stable rank": float((sigma / sigma[0]).square().sum())}.items():
+        assert overview.chance_note({"a": (f, spectrum(f))}, overview.QUANTITIES[title]) == f"chance: {level:.3g}"
+    nothing = factors(0.0)
+    assert overview.chance_note({"a": (nothing, spectrum(nothing))}, overview.QUANTITIES["Stable rank"]) == ""
 
 
 def test_the_quantities_are_those_of_the_spectrum():
     found = spectrum(factors())
     sigma = torch.linalg.svdvals(factors().delta_weight().double())[:2]
-    values = {title: value(found) for title, (_, value) in spectrum_tab.QUANTITIES.items()}
+    values = {title: q.value(found) for title, q in overview.QUANTITIES.items() if not q.needs_weight}
     assert values["Size ‖ΔW‖"] == pytest.approx(float(sigma.square().sum().sqrt()))
     assert values["Largest σ"] == pytest.approx(float(sigma[0]))
     assert values["Stable rank"] == pytest.approx(float((sigma / sigma[0]).square().sum()))
@@ -562,20 +581,23 @@ def test_the_quantities_are_those_of_the_spectrum():
     assert values["Effective rank"] == pytest.approx(float((-(p * p.log()).sum()).exp()))
 
 
-def test_the_summary_names_the_run_and_the_matrix_that_moved_most(write_run):
+def test_the_summary_names_the_adapter_and_the_matrix_that_moved_most(write_run):
     run = write_run(spec=RunSpec(name=HOSTILE, lora=LoRAConfig(r=5)))
-    facts = Read(spectrum_tab.summary(run, {"a": spectrum(factors(1.0)), "b": spectrum(factors(3.0))})).facts
-    assert (facts["Run"], facts["Matrices"], facts["r asked for"]) == (HOSTILE, "2", "5")
-    assert facts["Largest ‖ΔW‖ in"] == f"b ({float(factors(3.0).delta_weight().norm()):.3f})"
+    pair = {"a": Factors(torch.zeros(5, 6), torch.zeros(8, 5), 1.0)}
+    opened = Opened(Source(run.id), run.spec.name, Adapter(run.spec.lora, pair), None, run, 0)
+    read = Read(overview.summary(opened, {"a": spectrum(factors(1.0)), "b": spectrum(factors(3.0))}))
+    facts = read.facts
+    assert (facts["Adapter"], facts["Matrices"], facts["r"]) == (HOSTILE, "2", "5")
+    assert read.text[-1] == f"Largest ‖ΔW‖, {float(factors(3.0).delta_weight().norm()):.3f}, in b."
 
 
 def test_one_matrix_s_facts():
     found = spectrum(factors())
-    shape, r, rank, effective, stable, most = Read(spectrum_tab.matrix_facts(found)).facts.values()
+    shape, r, rank, effective, stable, most = Read(matrix.matrix_facts(found)).facts.values()
     assert (shape, r, rank) == ("8 × 6", "2", "2")
     assert (effective, stable) == (f"{found.effective_rank:.2f}", f"{found.stable_rank:.2f}")
     assert most.split()[0] == str(found.rank_for_energy(0.9))
-    _, _, rank, effective, stable, most = Read(spectrum_tab.matrix_facts(spectrum(factors(0.0)))).facts.values()
+    _, _, rank, effective, stable, most = Read(matrix.matrix_facts(spectrum(factors(0.0)))).facts.values()
     assert (rank, effective, stable, most.split()[0]) == ("0", "0.00", "0.00", "0")
 
 

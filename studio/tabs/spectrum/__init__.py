@@ -1,0 +1,33 @@
+"""Spectrum: what an adapter's ΔW learned, in sections of which each is a file of its own."""
+
+from typing import Any
+
+import gradio as gr
+
+from studio.state import Studio
+from studio.tabs.spectrum import chooser, compare, intruding, matrix, operating, overview, past, reading
+from studio.tabs.spectrum.frame import PRIVATE, Frame
+
+
+def build(studio: Studio, run_id: Any, selected: Any) -> None:
+    """Draws the tab for the run that `run_id` holds; `selected` is the event that the tab is opened."""
+    source, chosen, view, files = chooser.build(studio, run_id, selected)
+    section = gr.State("overview")
+    with gr.Column(visible=False) as body, gr.Tabs(elem_id="sections") as sections:
+        frame = Frame(studio, source, chosen, view, files, section, sections)
+        with gr.Tab("Overview", id="overview") as tab:
+            overview.build(frame, tab)
+        with gr.Tab("One matrix", id="matrix") as tab:
+            matrix.build(frame, tab)
+        with gr.Tab("Reads and writes", id="reading") as tab:
+            reading.build(frame, tab)
+        with gr.Tab("Compare", id="compare") as tab:
+            compare.build(frame, tab)
+        with gr.Tab("Intruders", id="intruders") as tab:
+            intruding.build(frame, tab)
+        with gr.Tab("Time machine", id="past") as tab:
+            past.build(frame, tab)
+        with gr.Tab("Rank surgery", id="operating") as tab:
+            operating.build(frame, tab)
+    is_open: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
+    source.change(lambda place: gr.Column(visible=place is not None), source, body, **is_open)

@@ -1,0 +1,129 @@
+"""What the sections of the Spectrum tab share: the adapter and the matrix that they look at, and when they draw."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+
+from core import LoRAError
+from studio.opened import Source
+from studio.pictures import Picture, Pictures
+from studio.state import Studio
+
+_PICTURE = """
+element.addEventListener('click', async (event) => {
+    const asked = event.target.closest('[data-get]'), area = event.target.closest('rect[data-name]');
+    if (area) trigger('pointed', {name: area.dataset.name});
+    if (!asked) return;
+    const picture = asked.closest('[data-key]'), said = picture.querySelector('.below [role=status]');
+    said.textContent = '…';
+    const file = await server.hand_out({key: picture.dataset.key, kind: asked.dataset.get});
+    said.textContent = file.problem ?? '';
+    if (file.problem) return;
+    const link = document.createElement('a');
+    link.href = `data:${file.mime};base64,${file.data}`;
+    link.download = file.name;
+    link.click();
+});
+"""
+"""Runs where a picture is: its buttons download it, and what can be pointed at raises the event `pointed`."""
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The tab around the sections.
+
+    Attributes:
+        studio: What is served.
+        source: State with a `Source`, as `Studio.place_of` gives it with the times of its files; None for none.
+        matrix: The choice of one matrix by its path.
+        view: State with the source and the matrix, which changes once when both do.
+        files: State with the sources of the adapters that were opened from files.
+        section: State with the id of the section that is seen.
+        sections: The `gr.Tabs` of the sections.
+        pictures: What was drawn last.
+    """
+
+    studio: Studio
+    source: Any
+    matrix: Any
+    view: Any
+    files: Any
+    section: Any
+    sections: Any
+    pictures: Pictures = field(default_factory=Pictures)
+
+    def picture(self, elem_id: str, **options: Any) -> gr.HTML:
+        """Draws the place of a picture; its value is what `put` returns. `pointed` is the event of its areas."""
+
+        def hand_out(asked: dict[str, str]) -> dict[str, str]:
+            try:
+                return self.pictures.hand_out(str(asked["key"]), str(asked["kind"]))
+            except LoRAError as error:
+                return {"problem": str(error)}
+
+        options = {"padding": False, **options}
+        return gr.HTML(elem_id=elem_id, js_on_load=_PICTURE, server_functions=[hand_out], **options)
+
+    def put(self, picture: Picture) -> str:
+        """Returns a picture as HTML, and keeps it for its downloads."""
+        return self.pictures.put(picture)
+
+    def draws(
+        self,
+        tab: Any,
+        show: Callable[..., Any],
+        inputs: Sequence[Any],
+        outputs: Sequence[Any],
+        *,
+        by_matrix: bool = False,
+        also: Sequence[Any] = (),
+        **options: Any,
+    ) -> list[Any]:
+        """Has a section drawn whenever it is opened, or seen while what it shows changes.
+
+        Args:
+            tab: The section's `gr.Tab`.
+            show: show(opened, *values) returns what `outputs` show, or yields it more than once; with `by_matrix`,
+                show(opened, path, *values).
+            inputs: The components with the values.
+            outputs: What is filled.
+            by_matrix: Whether it shows the matrix that is chosen.
+            also: Further events after which it is drawn anew, such as a choice of its own.
+            options: For `gr.on`.
+
+        Returns:
+            The events that draw, for `cancels`.
+        """
+        is_stream = inspect.isgeneratorfunction(show)
+        nothing = gr.skip() if len(outputs) == 1 else [gr.skip()] * len(outputs)
+
+        def draw(looked_at: tuple[Source, Any] | tuple[Source, Any, str] | None, *values: Any) -> Iterator[Any]:
+            if looked_at is None:
+                yield nothing
+                return
+            source, _, *path = looked_at
+            opened = self.studio.opened(source)
+            if not all(one in opened.adapter.factors for one in path):
+                yield nothing
+                return
+            found = show(opened, *path, *values)
+            yield from found if is_stream else (found,)
+
+        def draw_if_seen(seen: str, *values: Any) -> Iterator[Any]:
+            yield from draw(*values) if seen == tab.id else (nothing,)
+
+        draw.__name__ = show.__name__
+        looked_at = self.view if by_matrix else self.source
+        given = [looked_at, *inputs]
+        events = [looked_at.change, *also]
+        options = {"show_progress": "minimal", **PRIVATE, **options}
+        tab.select(lambda: tab.id, None, self.section, queue=False, show_progress="hidden", **PRIVATE)
+        return [
+            tab.select(self.studio.guard(draw), given, [*outputs], **options),
+            gr.on(events, self.studio.guard(draw_if_seen), [self.section, *given], [*outputs], **options),
+        ]
