@@ -50,7 +50,7 @@ class _LettingGo(TorchDispatchMode):
 def _let_go(tensor: Tensor) -> None:
     """Gives back the whole pages of a tensor that lies in a safetensors file."""
     start = tensor.data_ptr()
-    end = start + tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+    end = start + int(tensor.untyped_storage().nbytes()) - int(tensor.storage_offset()) * tensor.element_size()
     if not any(low <= start and end <= high for low, high in _files()):
         return
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE

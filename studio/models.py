@@ -153,8 +153,10 @@ def small(dtype: "torch.dtype") -> Any:
     """Returns a model of hardly any size, ready for `core.train`: what takes memory with it is the libraries."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=64, **sizes)).to(dtype)
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=512, max_position_embeddings=64, **sizes))
+    model = model.to(dtype)
     prepare_to_train(model)
     return model
 

@@ -11,7 +11,7 @@ from studio.palette import ADAPTED, ADAPTED_SOFT, BASE, CHANCE
 Series = Mapping[str, Sequence[tuple[float, float | None, float]]]
 """Name → (directions kept a matrix, loss on the task or None, loss on general text), in order."""
 
-_STYLES = (
+_STYLES: tuple[dict[str, Any], ...] = (
     {"color": ADAPTED, "marker": "o", "linestyle": "-"},
     {"color": ADAPTED_SOFT, "marker": "s", "linestyle": "-."},
     {"color": CHANCE, "marker": "x", "linestyle": "--"},

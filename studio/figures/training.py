@@ -11,8 +11,8 @@ from studio.palette import ADAPTED, ADAPTED_SOFT, BASE, CHANCE
 
 
 def training_figure(
-    losses: tuple[Sequence[float], Sequence[float]],
-    held_out: tuple[Sequence[float], Sequence[float]],
+    losses: tuple[Any, Any],
+    held_out: tuple[Any, Any],
     steps: Any,
     sigma: Any,
     ranks: Any,
