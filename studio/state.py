@@ -21,6 +21,7 @@ from core import (
     Intruders,
     LoRAError,
     Spectrum,
+    TrainConfig,
     WeightSVD,
     amplification,
     compare,
@@ -223,7 +224,11 @@ class Studio:
 
     def engine(self, run: Run) -> Engine:
         """Returns the chat engine of a run: its base model, its adapter, and the merged twin."""
-        return self._keep("engine", self.place_of(Source(run.id)), lambda: self._load_engine(run))
+        return self.engine_of(self.opened(Source(run.id)))
+
+    def engine_of(self, opened: Opened) -> Engine:
+        """Returns the chat engine of an adapter whose base model is at hand; one is kept, of whatever adapter."""
+        return self._keep("engine", opened.key, lambda: self._load_engine(opened))
 
     def check(self, spec: RunSpec) -> None:
         """Checks a spec against its model and data as far as that takes no weights.
@@ -269,16 +274,14 @@ class Studio:
             "the page; copy it there, or start the studio with --allow-path and its folder."
         )
 
-    def _load_engine(self, run: Run) -> Engine:
-        model = run.spec.model
-        device = resolve_devices(run.spec.train.device)[0]
+    def _load_engine(self, opened: Opened) -> Engine:
+        model, config = opened.model or "", opened.run.spec.train if opened.run else TrainConfig()
+        device = resolve_devices(config.device)[0]
         small = self.info(model).num_parameters <= FP32_CHAT_LIMIT
-        dtype = resolve_dtype("fp32" if device.type == "cpu" and small else run.spec.train.precision, device)
+        dtype = resolve_dtype("fp32" if device.type == "cpu" and small else config.precision, device)
         loaded = models.load_model(model, self.workspace, device=str(device), dtype=dtype)
         ends = frozenset(models.end_token_ids(loaded, self.tokenizer(model)))
-        return Engine(
-            loaded, Adapter.load(run.adapter_folder), ends, is_cpu_shared=lambda: self.runs.running() is not None
-        )
+        return Engine(loaded, opened.adapter, ends, is_cpu_shared=lambda: self.runs.running() is not None)
 
     def _open(self, source: Source, key: Hashable) -> Opened:
         if source.run:

@@ -121,6 +121,11 @@ CSS = f"""
 .lengths .cut.left b {{ left: auto; right: .45rem; }}
 #cut-off input {{ display: block; width: calc(100% - 4.3rem + 1rem); margin: 0 0 0 calc(3.2rem - .5rem);
   accent-color: var(--adapted); cursor: ew-resize; }}
+#cut-keep {{ align-items: flex-end; }}
+#past-slider {{ display: flex; flex-direction: column; }}
+#past-slider input {{ display: block; width: 100%; max-width: 713px; accent-color: var(--adapted); }}
+#past-slider output {{ font-size: .85rem; font-variant-numeric: tabular-nums; }}
+#past-plot .mark {{ stroke: var(--body-text-color); stroke-width: 1.2; }}
 .said.good {{ border-color: #2e7d4f; }} .dark .said.good {{ border-color: #6cc393; }}
 .stacked .wrap {{ flex-direction: column; align-items: stretch; gap: .35rem; }}
 .live .none {{ top: 45%; left: 1rem; }}

@@ -10,4 +10,6 @@ from studio.figures.heat import heat_figure
 from studio.figures.loss import loss_figure
 from studio.figures.spectra import profile_figure, sigma_figure
 from studio.figures.subspaces import intruder_figure, similarity_figure
+from studio.figures.surgery import rank_loss_figure
+from studio.figures.training import mark_places, training_figure
 from studio.figures.weights import alignment_figure, weight_figure

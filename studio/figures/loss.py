@@ -36,7 +36,7 @@ def loss_figure(
     axes = style_axes(figure.add_subplot(), "step", "loss (nats per token)")
     if len(x):
         marker = "." if np.isfinite(y).sum() < 3 else ""
-        axes.plot(*_thinned(x, y), color=ADAPTED_SOFT, linewidth=1.3, marker=marker, label="training")
+        axes.plot(*thinned(x, y), color=ADAPTED_SOFT, linewidth=1.3, marker=marker, label="training")
     if len(eval_x):
         seen = eval_y[np.isfinite(eval_y)]
         label = f"held out, last {seen[-1]:.3g}" if len(seen) else "held out"
@@ -51,7 +51,7 @@ def loss_figure(
     return finished(figure)
 
 
-def _thinned(x: np.ndarray, y: np.ndarray, num_parts: int = 600) -> tuple[np.ndarray, np.ndarray]:
+def thinned(x: np.ndarray, y: np.ndarray, num_parts: int = 600) -> tuple[np.ndarray, np.ndarray]:
     """Returns the lowest and the highest point of each of `num_parts` parts: all that can be seen of a long curve."""
     if len(x) <= 2 * num_parts:
         return x, y

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from core import LoRAError
-from studio import data
+from studio import asking, data
 from studio.chat import PANES, Answer, ChatSettings
 from studio.runs import Run
 from studio.state import Studio
@@ -36,15 +36,7 @@ def prompt(run: Run, text: str) -> list[dict[str, str]] | str:
     Raises:
         LoRAError: The text is empty.
     """
-    if not text.strip():
-        raise LoRAError("`Message` (=nothing) must not be empty; write one, or take an example.")
-    spec = run.spec.data
-    if spec.layout == "text":
-        return text
-    turns = [{"role": "user", "content": text.strip()}, {"role": "assistant", "content": "…"}]  # a row has an answer
-    row = {"prompt": text.strip(), "messages": turns}
-    as_row = {"prompt": "prompt", "context": "", "completion": "", "messages": "messages", "text": ""}
-    return data.prompt_messages(row, data.DataSpec.from_dict(spec.to_dict() | as_row))
+    return asking.question(run.spec.data, text)
 
 
 def build(studio: Studio, run_id: Any, selected: Any) -> None:

@@ -17,7 +17,19 @@ import pytest
 import torch
 from gradio.helpers import special_args
 
-from core import Adapter, LoRAConfig, LoRAError, Started, Step, TrainConfig, amplification, inject, lora_layers, plan
+from core import (
+    Adapter,
+    LoRAConfig,
+    LoRAError,
+    SpectrumMeasured,
+    Started,
+    Step,
+    TrainConfig,
+    amplification,
+    inject,
+    lora_layers,
+    plan,
+)
 from studio import app, jobs, models, watch
 from studio.data import DataSpec, prompt_ids
 from studio.event_log import EventWriter
@@ -434,6 +446,40 @@ def test_the_spectrum_tab_without_an_adapter_says_what_to_do(page, write_run):
     for run in ("", write_run([STARTED]).id):
         place, said, _ = handler(page, "follow")(run, None, None)
         assert place is None and "Train one" in said and handler(page, "see")(None, "x") is None
+
+
+def test_rank_surgery_counts_saves_and_asks_what_is_left_of_the_adapter(page, trained, studio):
+    view = (*studio.place_of(Source(trained.id)), next(iter(Adapter.load(trained.adapter_folder).factors)))
+    cut = ("rank", 1, 90, False, [])
+    assert "4 of 8" in next(handler(page, "show_cut")(view, *cut))
+    assert "adapters/less" in handler(page, "keep")(view, "less", *cut)
+    less = Adapter.load(studio.workspace.root / "adapters" / "less")
+    assert {f.r for f in less.factors.values()} == {1} and less.base_model == trained.spec.model
+    *_, (before, after) = handler(page, "both")(view, "name[Inn 3]", *cut)
+    assert before and after and before != after
+    with pytest.raises(gr.Error, match="at least one curve"):
+        next(handler(page, "measure_many")(view, []))
+
+
+def test_the_time_machine_goes_back_to_a_checkpoint_and_says_where_there_is_none(page, trained, studio):
+    path = next(iter(Adapter.load(trained.adapter_folder).factors))
+    place = studio.place_of(Source(trained.id))
+    said, *_ = next(handler(page, "show_course")((*place, path)))
+    assert "was not measured" in said
+    writer = EventWriter(trained.log)
+    for number in (1, 2):
+        writer.write(SpectrumMeasured(number, {path: [0.5 * number, 0.25]}))
+    writer.close()
+    shutil.copytree(trained.adapter_folder, trained.checkpoints.at(2))
+    (trained.checkpoints.at(2) / "training.safetensors").touch()
+    said, plot, _, last = next(handler(page, "show_course")((*place, path)))
+    assert said == "" and "<svg" in plot and last == 1
+    facts, bars, _ = next(handler(page, "show_step")((*place, path), 0))
+    assert "steps with all factors: 2" in facts and "After step 1" in bars
+    with pytest.raises(gr.Error, match="Step 1 has no checkpoint any more"):
+        list(handler(page, "answer_then")(place, 0, "name[Inn 3]"))
+    loading, *_, answer = handler(page, "answer_then")(place, 1, "name[Inn 3]")
+    assert "step 2" in loading and answer
 
 
 def test_what_needs_w_says_how_far_it_is_and_then_shows_it(page, trained, studio, monkeypatch):

@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from studio.state import Studio
-from studio.tabs.spectrum import chooser, compare, intruding, matrix, overview, reading
+from studio.tabs.spectrum import chooser, compare, intruding, matrix, operating, overview, past, reading
 from studio.tabs.spectrum.frame import PRIVATE, Frame
 
 
@@ -25,5 +25,9 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
             compare.build(frame, tab)
         with gr.Tab("Intruders", id="intruders") as tab:
             intruding.build(frame, tab)
+        with gr.Tab("Time machine", id="past") as tab:
+            past.build(frame, tab)
+        with gr.Tab("Rank surgery", id="operating") as tab:
+            operating.build(frame, tab)
     is_open: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
     source.change(lambda place: gr.Column(visible=place is not None), source, body, **is_open)
