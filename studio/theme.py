@@ -137,6 +137,7 @@ CSS = f"""
 #worker-log {{ margin: 0; max-height: 16rem; overflow: auto; font-size: .8rem; white-space: pre-wrap; }}
 .figure svg {{ width: 100%; height: auto; display: block; color: var(--body-text-color); }}
 .figure {{ overflow-x: auto; }}
+.view .html-container {{ padding: 0 !important; }}
 .picture .below {{ display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .5rem 0; }}
 .picture button {{ font-size: .8rem; padding: .15rem .6rem; border: 1px solid var(--border-color-primary);
   border-radius: 999px; background: none; color: var(--body-text-color-subdued); cursor: pointer; }}

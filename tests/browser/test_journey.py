@@ -162,9 +162,15 @@ def test_the_spectrum_of_the_run_is_shown(trained):
     page = trained
     open_tab(page, "Spectrum")
     page.wait_for_selector("#heat svg", timeout=WAIT)
-    page.wait_for_selector("#sigma svg", timeout=WAIT)
-    page.wait_for_selector("#table-7 table", timeout=WAIT)
     assert "120" in page.locator("#spectrum-facts").inner_text()
+    cell = page.locator("#heat rect[data-name]").first
+    cell.click()  # opens its matrix
+    page.wait_for_selector("#sigma svg", timeout=WAIT)
+    assert page.locator("#module input").input_value() == cell.get_attribute("data-name")
+    page.wait_for_selector("#table-7 table", timeout=WAIT)
+    with page.expect_download(timeout=WAIT) as download:
+        page.locator("#sigma button[data-get=csv]").click()
+    assert download.value.path().read_text().startswith("direction,σ,chance,energy")
     cells = page.locator("#table-7 tbody tr").first.locator("td").all_inner_texts()
     delta, weight, random = (float(c.replace(",", "")) for c in cells)
     assert weight > delta > 0

@@ -125,9 +125,10 @@ def test_nothing_that_a_page_shows_runs(hostile, server, browser, tmp_path):
 
     tab(page, "Spectrum")
     shows("#heat", NAME[:10])  # cut in the middle
-    shows("#sigma")
     shows("#module input")
-    shows(".toast-body")  # the adapter is not of this model; the message quotes its matrix
+    tab(page, "One matrix")
+    shows("#sigma")
+    shows("#table-7")  # the adapter is not of this model; the message quotes its matrix
 
     tab(page, "Runs")
     shows("#runs-table")
@@ -140,6 +141,9 @@ def test_nothing_that_a_page_shows_runs(hostile, server, browser, tmp_path):
     page.locator("#run input").click()
     shows("[role=listbox]", TEXT)
     page.keyboard.press("Escape")
+    tab(page, "Spectrum")
+    tab(page, "Reads and writes")
+    shows(".tokens", NAME.replace(" ", "␣"))
     tab(page, "Chat")
     page.locator("#message textarea").fill(TEXT)
     page.locator("#send").click()

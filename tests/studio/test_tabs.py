@@ -585,10 +585,10 @@ def test_the_summary_names_the_adapter_and_the_matrix_that_moved_most(write_run)
     run = write_run(spec=RunSpec(name=HOSTILE, lora=LoRAConfig(r=5)))
     pair = {"a": Factors(torch.zeros(5, 6), torch.zeros(8, 5), 1.0)}
     opened = Opened(Source(run.id), run.spec.name, Adapter(run.spec.lora, pair), None, run, 0)
-    read = Read(overview.summary(opened, {"a": spectrum(factors(1.0)), "b": spectrum(factors(3.0))}))
-    facts = read.facts
+    summary = overview.summary(opened, {"a": spectrum(factors(1.0)), "b": spectrum(factors(3.0))})
+    facts = Read(summary.partition("</dl>")[0]).facts
     assert (facts["Adapter"], facts["Matrices"], facts["r"]) == (HOSTILE, "2", "5")
-    assert read.text[-1] == f"Largest ‖ΔW‖, {float(factors(3.0).delta_weight().norm()):.3f}, in b."
+    assert Read(summary).text[-1] == f"Largest ‖ΔW‖, {float(factors(3.0).delta_weight().norm()):.3f}, in b."
 
 
 def test_one_matrix_s_facts():

@@ -19,15 +19,15 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
             overview.build(frame, tab)
         with gr.Tab("One matrix", id="matrix") as tab:
             matrix.build(frame, tab)
+        with gr.Tab("Time machine", id="past") as tab:
+            past.build(frame, tab)
         with gr.Tab("Reads and writes", id="reading") as tab:
             reading.build(frame, tab)
         with gr.Tab("Compare", id="compare") as tab:
             compare.build(frame, tab)
-        with gr.Tab("Intruders", id="intruders") as tab:
-            intruding.build(frame, tab)
-        with gr.Tab("Time machine", id="past") as tab:
-            past.build(frame, tab)
         with gr.Tab("Rank surgery", id="operating") as tab:
             operating.build(frame, tab)
+        with gr.Tab("Intruders", id="intruders") as tab:
+            intruding.build(frame, tab)
     is_open: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
     source.change(lambda place: gr.Column(visible=place is not None), source, body, **is_open)

@@ -66,8 +66,9 @@ class Frame:
             except LoRAError as error:
                 return {"problem": str(error)}
 
-        options = {"padding": False, **options}
-        return gr.HTML(elem_id=elem_id, js_on_load=_PICTURE, server_functions=[hand_out], **options)
+        return gr.HTML(
+            elem_id=elem_id, elem_classes=["view"], js_on_load=_PICTURE, server_functions=[hand_out], **options
+        )
 
     def put(self, picture: Picture) -> str:
         """Returns a picture as HTML, and keeps it for its downloads."""

@@ -161,10 +161,14 @@ def build(frame: Frame, tab: Any) -> None:
 
     def show_intruders(opened: Opened, path: str, most: int, least: float) -> Iterator[list[str]]:
         yield [theme.said("Decomposing W …"), ""]
-        (known,) = studio.intruders(opened, int(most), [path])
-        found = known[path]
+        try:
+            (known,) = studio.intruders(opened, int(most), [path])
+            found = known[path]
+        except LoRAError as error:
+            found = error
         if isinstance(found, LoRAError):
-            raise found
+            yield [theme.said(str(found), "warn"), ""]
+            return
         found = replace(found, threshold=float(least))
         yield [facts(found), frame.put(cosine_picture(studio, opened, path, found))]
 
