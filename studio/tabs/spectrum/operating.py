@@ -277,7 +277,7 @@ def build(frame: Frame, tab: Any) -> None:
     )
     frame.draws(tab, show_choices, [], [rank, chosen], by_matrix=True, show_progress="hidden")
     changed = [part.change for part in settings]
-    last: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
+    last: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "multiple"}
     frame.draws(tab, show_cut, settings, [facts], by_matrix=True, also=changed, **last)
     frame.draws(tab, show_curve, [], [progress, plot], show_progress="hidden")
     one.click(studio.guard(measure_one), [frame.view, *settings], [going, progress, losses, cancel], **quiet)

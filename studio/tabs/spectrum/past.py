@@ -161,7 +161,7 @@ def facts_at(run: Run, path: str, step: int, sigma: np.ndarray | None) -> str:
 def build(frame: Frame, tab: Any) -> None:
     """Draws the section in its `tab`."""
     studio = frame.studio
-    place = gr.State(0)
+    place = gr.Number(0, precision=0, visible="hidden")  # a State tells nobody of a change by an event of the page
     said = gr.HTML()
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=320):
@@ -227,7 +227,7 @@ def build(frame: Frame, tab: Any) -> None:
         by_matrix=True,
         also=[place.change],
         show_progress="hidden",
-        trigger_mode="always_last",
+        trigger_mode="multiple",
     )
     slider.input(
         studio.guard(go_to), None, place, queue=False, show_progress="hidden", trigger_mode="always_last", **PRIVATE
