@@ -113,7 +113,8 @@ def test_the_paper_s_memory_for_gpt_3_comes_out():
     )
     assert full.weights + full.moments < 1.2e12 < full.total < 1.5e12
     assert low.weights == pytest.approx(350e9, rel=0.01)
-    assert low.total < 1.05 * low.weights < full.total / 3
+    # Ours tries out ways to compute on two blocks in float32 before the first step; the authors' code does not.
+    assert low.total - low.choosing < 1.05 * low.weights < full.total / 3
     checkpoint = low.adapter / 2  # A and B in float16
     assert checkpoint == pytest.approx(35e6, rel=0.1)
     assert 9_000 < low.weights / checkpoint < 10_500

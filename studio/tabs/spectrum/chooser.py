@@ -127,5 +127,6 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, An
     given = [files, path, scaling, parts, model]
     open_it.click(studio.guard(open_files), given, [*shown, files, form], **hidden)
     back.click(studio.guard(of_run), run_id, shown, **hidden)
-    gr.on([source.change, matrix.change], see, [source, matrix], view, queue=False, **hidden)
+    # Through the queue: of a State that is set past it no page is told.
+    gr.on([source.change, matrix.change], studio.guard(see), [source, matrix], view, **hidden)
     return source, matrix, view, files

@@ -310,4 +310,4 @@ def build(frame: Frame, tab: Any) -> None:
     def open_matrix(event: gr.EventData) -> str:
         return event.name
 
-    heat.pointed(open_matrix, None, frame.matrix, show_progress="hidden", queue=False, **PRIVATE)
+    heat.pointed(studio.guard(open_matrix), None, frame.matrix, show_progress="hidden", queue=False, **PRIVATE)

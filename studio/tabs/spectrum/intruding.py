@@ -226,5 +226,5 @@ def build(frame: Frame, tab: Any) -> None:
     def end() -> list[Any]:
         return ["", gr.Button(interactive=True), gr.Button(interactive=False)]
 
-    cancel.click(end, None, [going, measure, cancel], cancels=begun, queue=False, **PRIVATE)
-    begun.failure(end, None, [going, measure, cancel], queue=False, show_progress="hidden", **PRIVATE)
+    cancel.click(studio.guard(end), None, [going, measure, cancel], cancels=begun, queue=False, **PRIVATE)
+    begun.failure(studio.guard(end), None, [going, measure, cancel], queue=False, show_progress="hidden", **PRIVATE)
