@@ -173,7 +173,8 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
 
     def remove(run: str) -> tuple[Any, ...]:
         studio.runs.delete(studio.runs.get(run))
-        _packed(run, studio.workspace.downloads).unlink(missing_ok=True)
+        for file in studio.workspace.downloads.glob(f"{run}-*"):
+            file.unlink(missing_ok=True)
         left = choices(studio, studio.runs.list())
         return gr.Group(visible=False), gr.Dropdown(choices=left, value=left[0][1] if left else None), *fill()
 
