@@ -146,7 +146,7 @@ def _checked(packed: zipfile.ZipFile, file: Path) -> dict[str, Any]:
         is_weights = info.filename.endswith(".safetensors")
         if info.filename != MANIFEST and not _PARTS.fullmatch(info.filename):
             problems.append(f"{quoted(info.filename)} is no part of one")
-        elif mode and not stat.S_ISREG(mode):
+        elif stat.S_IFMT(mode) not in (0, stat.S_IFREG):  # not every writer says what it is
             problems.append(f"{info.filename} is no plain file")
         elif info.flag_bits & 1:
             problems.append(f"{info.filename} is encrypted")

@@ -249,14 +249,16 @@ def compare(
 
 CSS = """
 .certificate { border: 1px solid var(--border-color-primary); border-left: 6px solid #2e7d4f; border-radius: 8px;
-  padding: .75rem 1rem; }
+  padding: .75rem 1rem; margin-top: .75rem; }
 .certificate.red { border-left-color: #c62828; }
 .certificate h4 { margin: 0 0 .25rem; font-size: 1rem; }
 .certificate h4 b { color: #2e7d4f; } .certificate.red h4 b { color: #c62828; }
 .dark .certificate h4 b { color: #6cc393; } .dark .certificate.red h4 b { color: #ff8a80; }
 .certificate p { margin: .2rem 0; font-size: .9rem; }
 .certificate .small { color: var(--body-text-color-subdued); font-size: .85rem; }
-.certificate table { margin-top: .5rem; font-size: .9rem; }
+.certificate table { margin-top: .5rem; font-size: .85rem; }
+.certificate :is(th, td) { padding: .35rem .4rem !important; }
+.certificate :is(th, td):not(:first-child) { white-space: nowrap; }
 """
 
 
@@ -311,9 +313,8 @@ def plain(report: Report) -> str:
 
 
 def _numbers(part: Certificate | Reload) -> tuple[str, ...]:
-    agreement = f"{100 * part.top1_agreement:.1f} %"
-    error, largest = f"{part.logit_error:.1e}", f"{part.max_logit_difference:.1e}"
-    return error, f"{part.bound:g}", largest, f"{part.mean_kl:.1e}", agreement
+    error, largest, kl = (f"{x:.1e}" if x else "0" for x in (part.logit_error, part.max_logit_difference, part.mean_kl))
+    return error, f"{part.bound:g}", largest, kl, f"{100 * part.top1_agreement:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _line(name: str, part: Certificate | Reload) -> str:

@@ -11,6 +11,7 @@ import argparse
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -182,7 +183,8 @@ def main(argv: list[str] | None = None) -> int:
     job = Job(run, args.folder)
     try:
         choice = job.choice
-        name = f"{run.id}.gguf" if choice.is_file else f"{run.id}-{choice.kind}"
+        short = re.sub(r"^\d{8}-\d{6}-", "", run.id)
+        name = f"{short}.gguf" if choice.is_file else f"{short}-{choice.kind}"
         for said in make(run, Workspace(run.workspace_root), choice, args.folder / "result" / name):
             if isinstance(said, Noted):
                 _say(args.folder, {"note": said.message})

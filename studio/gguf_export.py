@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import gguf
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core import Adapter, Factors, LoRAError, quoted
 from studio.model_files import read_json
@@ -191,7 +191,7 @@ def wholes(factors: Mapping[str, Factors]) -> dict[str, Factors]:
 
 def write_merged(
     file: Path,
-    merged: nn.Module,
+    merged: Any,
     changed: Callable[[str], bool],
     folder: Path,
     base: Path | None,

@@ -143,6 +143,7 @@ table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600;
 .steps {{ margin: .4rem 0 0 1.2rem; padding: 0; font-size: .9rem; list-style: decimal; }}
 .steps li {{ color: var(--body-text-color-subdued); margin: .1rem 0; }}
 .steps li[aria-current] {{ color: var(--body-text-color); }}
+.tight {{ justify-content: flex-start; gap: .5rem; }} .tight > * {{ flex: 0 1 auto !important; }}
 .download a {{ font-weight: 600; color: var(--adapted); overflow-wrap: anywhere; }}
 .pane-base {{ border-top: 3px solid var(--base) !important; }}
 .pane-adapter, .pane-merged {{ border-top: 3px solid var(--adapted) !important; }}

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import gradio as gr
 
-from core import LoRAError
+from core import LoRAError, quoted
 from studio import capsule, certificate, export_jobs, imports, theme
 from studio.checkpoints import ADAPTER_FILES
 from studio.export import DTYPES, KINDS, Choice
@@ -82,7 +82,7 @@ def link(file: Path) -> str:
     return f'<p class="download"><a href="{escape(place)}" download="{escape(file.name)}">↓ {escape(words)}</a></p>'
 
 
-def bring_in(studio: Studio, paths: list[str], model: str, scaling: float | None, parts: str) -> tuple[Run, str]:
+def bring_in(studio: Studio, paths: list[str], model: str, scaling: str, parts: str) -> tuple[Run, str]:
     """Makes a run of what was dropped; returns it, and what to say.
 
     Raises:
@@ -105,7 +105,7 @@ def bring_in(studio: Studio, paths: list[str], model: str, scaling: float | None
                 shutil.copyfile(file, source / file.name)
         elif len(files) > 1:
             raise LoRAError(f"Of several files, they must be {' and '.join(ADAPTER_FILES)}; drop one thing at a time.")
-        run = imports.take(studio.runs, source, model, scaling=scaling or None, parts=slices)
+        run = imports.take(studio.runs, source, model, scaling=_number(scaling), parts=slices)
     return run, f"Brought in “{run.spec.name}”: its matrices fit {model}. It was not trained here."
 
 
@@ -129,14 +129,15 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
                 [OWN], value=OWN, label="Type of the weights", interactive=False, elem_id="export-dtype"
             )
             force = gr.Checkbox(False, label="Write it even if the certificate is red", elem_id="export-force")
-            with gr.Row(elem_id="export-actions"):
+            with gr.Row(elem_classes="tight"):
                 begin = gr.Button("Export", variant="primary", elem_id="export-start")
                 cancel = gr.Button("Cancel", interactive=False, elem_id="export-cancel")
-                ready = gr.Button("Ready it for download", interactive=False, elem_id="export-pack")
+                ready = gr.Button("Prepare download", interactive=False, elem_id="export-pack")
             gr.Markdown(
-                "A capsule holds settings, losses, certificate and adapter in one file, to be dropped below or elsewhere."
+                "A capsule is one file with settings, losses, certificate and adapter; drop it below, or elsewhere."
             )
-            whole = gr.Button("Make a capsule", elem_id="capsule")
+            with gr.Row(elem_classes="tight"):
+                whole = gr.Button("Make a capsule", elem_id="capsule")
             links = gr.HTML(elem_id="export-links")
         with gr.Column(scale=6, min_width=320):
             shown = gr.HTML(elem_id="exports")
@@ -155,9 +156,10 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
             )
             with gr.Row():
                 info = "Of loralib's files, which do not say it."
-                scaling = gr.Number(None, label="scaling = alpha / r", info=info, minimum=0)
+                scaling = gr.Textbox("", label="alpha / r", info=info)
                 parts = gr.Textbox("", label="Slices", info="Of loralib's fused projections: q, v in GPT-2.")
-            take = gr.Button("Bring it in", elem_id="import")
+            with gr.Row(elem_classes="tight"):
+                take = gr.Button("Bring it in", variant="primary", elem_id="import")
             said = gr.HTML(elem_id="import-said")
 
     def state(run: str | None) -> tuple[Any, ...]:
@@ -196,18 +198,20 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
         found = _chosen(studio, run)
         return link(capsule.write(found, studio.workspace.downloads / f"{found.id}-capsule.zip"))
 
-    def accept(paths: list[str] | None, base: str, factor: float | None, slices: str) -> tuple[Any, ...]:
-        run, words = bring_in(studio, paths or [], base.strip(), factor, slices or "")
+    def accept(paths: list[str] | None, base: str, factor: str, slices: str) -> tuple[Any, ...]:
+        run, words = bring_in(studio, paths or [], base.strip(), factor or "", slices or "")
         return theme.said(words, "good"), choices(studio, run), None
 
+    # The tab may be opened before the list of runs is there: its coming must not be passed over.
+    last: dict[str, Any] = {"trigger_mode": "always_last"}
     private: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
     outputs = [shown, begin, cancel, ready, timer]
-    gr.on([selected, run_id.change], studio.guard(show), run_id, [*outputs, links], **private)
+    gr.on([selected, run_id.change], studio.guard(show), run_id, [*outputs, links], **last, **private)
     timer.tick(studio.guard(state), run_id, outputs, **private)
     kind.change(studio.guard(types), kind, dtype, **private)
     begin.click(studio.guard(start), [run_id, kind, dtype, force], [*outputs, links], **private)
     cancel.click(studio.guard(stop), run_id, outputs, **private)
-    slow = private | {"show_progress": "minimal"}
+    slow: dict[str, Any] = private | {"show_progress": "minimal"}
     ready.click(studio.guard(pack), run_id, links, **slow)
     whole.click(studio.guard(make_capsule), run_id, links, **slow)
     take.click(studio.guard(accept), [dropped, model, scaling, parts], [said, run_id, dropped], **slow)
@@ -221,6 +225,13 @@ def _chosen(studio: Studio, run: str | None) -> Run:
 
 def _name(job: Job) -> str:
     return KINDS[job.choice.kind] + (f" · {job.choice.dtype}" if job.choice.dtype else "")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text) if text.strip() else None
+    except ValueError:
+        raise LoRAError(f"`alpha / r` (={quoted(text)}) must be a number, such as 2.") from None
 
 
 def _words(num_bytes: int) -> str:
