@@ -284,6 +284,14 @@ def test_an_adapter_that_llama_cpp_cannot_apply_is_refused_with_all_reasons(home
         list(export.make(run, home, Choice("gguf-adapter"), tmp_path / "out.gguf"))
 
 
+def test_an_adapter_beside_a_gguf_file_is_not_applied_to_it(home, packed, tmp_path):
+    file = write_gguf(tmp_path / "tiny.gguf")
+    Adapter.load(packed.adapter_folder).save(tmp_path)
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    alone, beside = (models.load_model(str(path), home).state_dict() for path in (packed.spec.model, file))
+    assert alone.keys() == beside.keys() and torch.equal(alone[weight], beside[weight])
+
+
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
