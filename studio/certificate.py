@@ -68,6 +68,7 @@ class Reload:
         top1_agreement: Share of tokens after which both find the same next token likeliest.
         num_tensors: How many tensors were compared with what was to be written.
         wrong: Those that are not what was to be written.
+        problem: Why it could not be opened at all, or "".
     """
 
     opened_by: str
@@ -79,10 +80,13 @@ class Reload:
     top1_agreement: float
     num_tensors: int
     wrong: tuple[str, ...] = ()
+    problem: str = ""
 
     @property
     def problems(self) -> tuple[str, ...]:
         """What speaks against the export, a sentence each."""
+        if self.problem:
+            return (f"{self.opened_by} cannot open it: {self.problem}",)
         found = []
         if self.wrong:
             some = ", ".join(self.wrong[:3]) + (" …" if len(self.wrong) > 3 else "")
@@ -186,12 +190,14 @@ def of_run(run: Run, workspace: Workspace) -> Report:
         raise LoRAError(f"Run {run.id} has no adapter yet; it is saved at the first evaluation and at the end.")
     info = models.describe(run.spec.model, workspace)
     model = models.load_model(run.spec.model, workspace, dtype=reference_dtype(info))
-    Adapter.load(run.adapter_folder).apply(model)
+    adapter = Adapter.load(run.adapter_folder)
+    adapter.apply(model)
     rows = rows_of(run, workspace, lambda message: None)
     merged = merged_copy(model)
     merges = [certify_merge(model, rows, merged)]
     if own_dtype(info) != reference_dtype(info):
-        merges.append(certify(model, rows.ids, merged=copy.deepcopy(merged).to(own_dtype(info))))
+        del merged
+        merges.append(certify_in(own_dtype(info), model, adapter, rows))
     num_prompts = len(rows.ids) - rows.num_evaluation
     return Report(run.id, "Merge, tried in memory", num_prompts, rows.num_evaluation, rows.note, tuple(merges))
 
@@ -202,9 +208,9 @@ def reference_dtype(info: models.ModelInfo) -> torch.dtype:
 
 
 def own_dtype(info: models.ModelInfo) -> torch.dtype:
-    """Returns the type that the model's weights are stored in; of packed ones float16, which holds them best."""
+    """Returns the type that the model's weights are stored in; of packed ones bfloat16, in which the studio trains."""
     named = getattr(torch, info.dtype or "", None)
-    return named if named in (torch.float32, torch.float16, torch.bfloat16) else torch.float16
+    return named if named in (torch.float32, torch.float16, torch.bfloat16) else torch.bfloat16
 
 
 def certify_merge(model: nn.Module, rows: Rows, merged: nn.Module) -> Certificate:
@@ -219,6 +225,13 @@ def certify_merge(model: nn.Module, rows: Rows, merged: nn.Module) -> Certificat
     unmerge(model)
     restored = all(torch.equal(before[path], layer.weight_matrix()) for path, layer in lora_layers(model).items())
     return dataclasses.replace(found, is_restored=restored)
+
+
+def certify_in(dtype: torch.dtype, model: nn.Module, adapter: Adapter, rows: Rows) -> Certificate:
+    """Returns the certificate of merging in another type of weights; the adapter keeps its own, as in training."""
+    other = copy.deepcopy(model).to(dtype)
+    adapter.apply(other)
+    return certify(other, rows.ids)
 
 
 @torch.inference_mode()

@@ -152,7 +152,7 @@ def pack(job: Job, downloads: Path) -> Path:
     made = job.result
     if made is None or job.status != "done":
         raise LoRAError("This export is not done; there is nothing to download yet.")
-    target = downloads / f"{job.run.id}-{job.folder.name}{made.suffix if made.is_file() else '.zip'}"
+    target = downloads / f"{job.run.id}-export-{job.folder.name}{made.suffix if made.is_file() else '.zip'}"
     if target.exists() and target.stat().st_mtime >= (job.folder / "progress.jsonl").stat().st_mtime:
         return target
     target.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ there.
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -102,7 +103,12 @@ def reopen(task: Task, started: Callable[[subprocess.Popen[str]], None]) -> Open
     command = ["-c", PEFT_PROGRAM] if task.kind == "peft" else ["-m", "studio.reload"]
     with tempfile.TemporaryFile("w+") as log:  # whatever libraries print, nobody waits for it to be read
         process = subprocess.Popen(
-            [sys.executable, "-P", *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            [sys.executable, "-P", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **({"HF_HUB_OFFLINE": "1"} if task.kind == "peft" else {})},
         )
         started(process)
         said, _ = process.communicate(json.dumps(asdict(task)))

@@ -337,10 +337,12 @@ class Runs:
         """Removes a run's folder for good.
 
         Raises:
-            LoRAError: The run is still going.
+            LoRAError: The run, or an export of it, is still going.
         """
         if run.is_running():
             raise LoRAError(f"Run {run.id} is still running; stop it before you delete it.")
+        if any(map(is_held, run.folder.glob("exports/*/lock"))):
+            raise LoRAError(f"Run {run.id} is still being exported; cancel that before you delete it.")
         self._known.pop(run.id, None)
         # Renamed first: a deletion that is broken off leaves no half run in the list.
         gone = run.folder.with_name(f".deleted-{run.id}")

@@ -91,9 +91,12 @@ def bring_in(studio: Studio, paths: list[str], model: str, scaling: str, parts: 
     if not paths:
         raise LoRAError("`file` (=nothing) must be dropped first: a capsule, a PEFT adapter, or loralib's file.")
     files = [Path(path) for path in paths]
-    if len(files) == 1 and imports.is_capsule(files[0]):
-        run = capsule.restore(studio.runs, files[0], studio.check_places)
-        return run, f"Restored “{run.spec.name}” from its capsule, with its losses and its adapter."
+    if all(map(imports.is_capsule, files)):
+        restored = [capsule.restore(studio.runs, file, studio.check_places) for file in files]
+        names = " and ".join(f"“{run.spec.name}”" for run in restored)
+        if len(restored) == 1:
+            return restored[-1], f"Restored {names} from its capsule, with its losses and its adapter."
+        return restored[-1], f"Restored {names} from their capsules; Runs and Spectrum show them side by side."
     studio.check_model(model)
     slices = tuple(part.strip() for part in parts.split(",")) if parts.strip() else None
     with tempfile.TemporaryDirectory() as scratch:

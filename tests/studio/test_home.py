@@ -1,5 +1,6 @@
 """The page and the commands that take a run home, and exports that go on behind them."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -10,7 +11,7 @@ import torch
 
 from core import Adapter, Finished, LoRAConfig, LoRAError, inject, lora_layers
 from studio import __main__ as cli
-from studio import capsule, export, export_jobs, gguf_export, model_card, models, reload
+from studio import capsule, certificate, export, export_jobs, gguf_export, model_card, models, reload
 from studio.certificate import Report
 from studio.export import Choice
 from studio.runs import Runs
@@ -93,11 +94,13 @@ def test_a_red_certificate_is_shown_with_its_reason_and_nothing_is_handed_out(ru
     assert job.status == "done" and "written all the same" in home.view(run)
 
 
-def test_an_export_in_a_process_of_its_own_can_be_cancelled_and_started_again(run):
+def test_an_export_in_a_process_of_its_own_can_be_cancelled_and_started_again(run, workspace):
     job = export_jobs.start(run, Choice("merged", "float32"))
     assert job.status == "running" and "running" in home.view(run)
     with pytest.raises(LoRAError, match="This export is going on already"):
         export_jobs.start(run, Choice("merged", "float32"))
+    with pytest.raises(LoRAError, match="is still being exported; cancel that before you delete it"):
+        Runs(workspace).delete(run)
     job.cancel()
     assert job.status == "cancelled" and not (job.folder / "result").exists()
     assert "Cancelled" in home.view(run)
@@ -138,6 +141,9 @@ def test_what_is_dropped_on_the_page_becomes_a_run(run, studio, tmp_path):
     assert back.is_imported and "matrices fit" in words
     restored, words = home.bring_in(studio, [str(capsule.write(run, tmp_path / "inns.zip"))], "starter", "", "")
     assert restored.spec == run.spec and "from its capsule" in words
+    count = len(studio.runs.list())
+    _, words = home.bring_in(studio, [str(tmp_path / "inns.zip")] * 2, "starter", "", "")
+    assert len(studio.runs.list()) == count + 2 and "from their capsules" in words
 
 
 @pytest.mark.parametrize(
@@ -228,6 +234,23 @@ def test_an_export_that_cannot_be_opened_again_says_why(monkeypatch, tmp_path):
     task = reload.Task("peft", "", "", "", "", "float32", "", [], str(tmp_path / "out"))
     with pytest.raises(LoRAError, match="could not be opened again: it is broken"):
         reload.reopen(task, lambda process: None)
+
+
+def test_an_adapter_that_peft_cannot_open_is_red_and_may_be_written_all_the_same(run, workspace, tmp_path, monkeypatch):
+    monkeypatch.setattr(reload, "PEFT_PROGRAM", "raise SystemExit('it is too old')")
+    monkeypatch.setattr(export._Making, "_ways_back", lambda self: ["peft"])
+    with pytest.raises(LoRAError, match="PEFT .* cannot open it: .*it is too old"):
+        list(export.make(run, workspace, Choice("adapter"), tmp_path / "out"))
+    *_, report = export.make(run, workspace, Choice("adapter", force=True), tmp_path / "out")
+    assert report.is_forced
+    assert Report.from_dict(json.loads((tmp_path / "out" / "certificate.json").read_text())).problems == report.problems
+
+
+def test_large_models_are_compared_in_their_own_type(run, workspace):
+    info = dataclasses.replace(models.describe(run.spec.model, workspace), dtype="bfloat16")
+    large = dataclasses.replace(info, num_parameters=7 * 10**9)
+    assert [certificate.reference_dtype(one) for one in (info, large)] == [torch.float32, torch.bfloat16]
+    assert certificate.own_dtype(dataclasses.replace(info, dtype="Q4_1")) == torch.bfloat16
 
 
 def test_a_model_card_brings_no_markup_along(run, workspace):
