@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from core import Adapter, Finished, LoRAConfig, LoRAError, Noted, inject, lora_layers, merged_copy
-from studio import certificate, export, gguf_export, models, reload
+from studio import certificate, export, gguf_export, gguf_tokenizer, models, reload
 from studio.certificate import Report
 from studio.export import Choice, RefusedError
 from studio.runs import Run, Runs
@@ -316,10 +316,10 @@ def split(numbers):
 def test_a_pre_tokenizer_is_known_by_its_pattern_or_refused(steps, name):
     values = {"pre_tokenizer": steps}
     if name is not None:
-        assert gguf_export.pre_tokenizer(Path("m"), values) == name
+        assert gguf_tokenizer.pre_tokenizer(Path("m"), values) == name
         return
     with pytest.raises(LoRAError, match="must have a tokenizer that llama.cpp knows by name.*has no name here"):
-        gguf_export.pre_tokenizer(Path("m"), values)
+        gguf_tokenizer.pre_tokenizer(Path("m"), values)
 
 
 def test_a_family_without_a_known_naming_is_refused():

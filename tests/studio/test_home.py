@@ -219,9 +219,11 @@ def test_what_gguf_has_no_name_for_is_said(run, workspace, tiny_folder, tmp_path
     with pytest.raises(LoRAError, match="must have plain rotary positions .* its rope_type is 'llama3'"):
         gguf_export.write_merged(tmp_path / "m.gguf", merged, lambda p: True, tiny_folder, None, "f16", print)
     merged.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
+    bpe = {"model": {"type": "BPE", "ignore_merges": True}, "pre_tokenizer": {"type": "ByteLevel"}}
     for words, content in (
-        ("it has no tokenizer.json", None),
+        ("it has no tokenizer.json", ""),
         ("not byte-level BPE", '{"model": {"type": "Unigram"}}'),
+        ("its ignore_merges is not what llama.cpp takes gpt-2 to have", json.dumps(bpe)),
     ):
         if content:
             (tmp_path / "tokenizer.json").write_text(content)
