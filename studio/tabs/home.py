@@ -189,7 +189,7 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
         export_jobs.start(found, Choice(chosen, "" if wanted == OWN else wanted, bool(forced)))
         return *state(run), ""
 
-    def stop(run: str | None) -> tuple[Any, ...]:
+    def end_export(run: str | None) -> tuple[Any, ...]:
         for job in export_jobs.jobs_of(_chosen(studio, run))[:1]:
             job.cancel()
         return state(run)
@@ -213,7 +213,7 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
     timer.tick(studio.guard(state), run_id, outputs, **private)
     kind.change(studio.guard(types), kind, dtype, **private)
     begin.click(studio.guard(start), [run_id, kind, dtype, force], [*outputs, links], **private)
-    cancel.click(studio.guard(stop), run_id, outputs, **private)
+    cancel.click(studio.guard(end_export), run_id, outputs, **private)
     slow: dict[str, Any] = private | {"show_progress": "minimal"}
     ready.click(studio.guard(pack), run_id, links, **slow)
     whole.click(studio.guard(make_capsule), run_id, links, **slow)

@@ -66,9 +66,9 @@ def made(run: Run, home: Workspace, choice: Choice, out: Path) -> Report:
 @pytest.mark.parametrize(
     ("base", "kind", "dtype"),
     [
-        ("trained", "merged", "bfloat16"),
-        ("trained", "gguf", "q8_0"),
-        ("packed", "gguf", "f16"),
+        ("packed", "gguf", "f16"),  # the others take a process of some seconds each
+        pytest.param("trained", "merged", "bfloat16", marks=slow),
+        pytest.param("trained", "gguf", "q8_0", marks=slow),
         pytest.param("packed", "merged", "float16", marks=slow),
         pytest.param("trained", "merged", "float32", marks=slow),
         pytest.param("trained", "gguf", "f32", marks=slow),
@@ -116,7 +116,8 @@ def test_an_adapter_comes_back_here_and_by_peft(home, trained, tmp_path):
     assert str(home.root) not in card
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("f32", marks=slow), "f16", pytest.param("q8_0", marks=slow)])
+@slow
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
 def test_an_adapter_comes_back_from_gguf(home, packed, tmp_path, dtype):
     report = made(packed, home, Choice("gguf-adapter", dtype), tmp_path / "out.gguf")
     assert report.problems == ()
