@@ -73,7 +73,7 @@ def made(run: Run, home: Workspace, choice: Choice, out: Path) -> Report:
         pytest.param("trained", "merged", "float32", marks=slow),
         pytest.param("trained", "gguf", "f32", marks=slow),
         pytest.param("trained", "gguf", "bf16", marks=slow),
-        pytest.param("packed", "gguf", "q8_0", marks=slow),
+        pytest.param("packed", "gguf", "f32", marks=slow),
     ],
 )
 def test_a_merged_model_comes_back_as_the_adapter_made_it(home, tmp_path, request, base, kind, dtype):
