@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import Failed, LoRAConfig, LoRAError, TrainConfig, gpus, resolve_device, settings
-from studio import analysis
+from studio import analysis, home_commands
 from studio.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_spec(plan, nargs="?")
     commands_for_runs(command)
     analysis.add_commands(command)
+    home_commands.add_commands(command)
     devices = command("devices", _devices, "List the GPUs of this machine, and how much memory is free on each.")
     devices.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
     demo = command("demo", _demo, "Train the starter model on a starter data set and show what changed.")

@@ -21,7 +21,7 @@ from studio.remedies import remedies
 from studio.runs import Run
 from studio.specs import RunSpec
 from studio.state import Studio
-from studio.tabs import chat, data, forecast, model, runs, spectrum, train
+from studio.tabs import chat, data, forecast, home, model, runs, spectrum, train
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -42,7 +42,7 @@ def build(studio: Studio) -> gr.Blocks:
                     run=None,
                 )
             with gr.Column(scale=4, min_width=300):
-                run_id = gr.Dropdown([], label="Run shown in Train, Spectrum and Chat", elem_id="run")
+                run_id = gr.Dropdown([], label="Run shown in Train, Spectrum, Chat and Take home", elem_id="run")
         with gr.Tabs() as tabs:
             with gr.Tab("Model", id="model"):
                 model_tab = model.build(studio, page)
@@ -56,6 +56,8 @@ def build(studio: Studio) -> gr.Blocks:
                 chat.build(studio, run_id, chat_tab.select)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs.build(studio, run_id, runs_tab.select, tabs)
+            with gr.Tab("Take home", id="home") as home_tab:
+                home.build(studio, run_id, home_tab.select, runs.picker)
         _wire(studio, page, head, run_id, model_tab, data_tab, train_tab, train_page)
     return page
 

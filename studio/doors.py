@@ -118,7 +118,7 @@ class Doors:
         """
         self._app = app
         self._incoming = workspace.incoming
-        self._download = re.compile(re.escape(f"{workspace.downloads}/") + r"[\w-]+-adapter\.zip")
+        self._download = re.compile(re.escape(f"{workspace.downloads}/") + r"[\w-]+\.(zip|gguf)")
         self._host = host
         self._account = account
         self._guesses: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -167,7 +167,7 @@ class Doors:
         if path.startswith(_FILE):
             file = path.removeprefix(_FILE)
             if not self._download.fullmatch(file) or Path(file).is_symlink():
-                raise _RefusedError(403, "Only the adapters of runs can be downloaded.")
+                raise _RefusedError(403, "Only what was made ready for a download can be fetched.")
 
     async def _checked_body(self, scope: Scope, receive: Receive) -> Receive:
         """Returns what gives the request's body in place of `receive`, within its bounds."""

@@ -160,9 +160,10 @@ def _write(file: Path, tree: Any, folder: Path) -> None:
 
     try:
         with _no_bar():
-            # An absolute `gguf_file`: a bare name would be looked for in the current folder first.
+            # From an empty folder: an adapter beside the file would be applied to it where PEFT is installed. By an
+            # absolute `gguf_file`: a bare name would be looked for in the current folder first.
             loaded = AutoModelForCausalLM.from_pretrained(
-                file.parent,
+                folder,
                 gguf_file=str(file),
                 config=tree.config,
                 dtype=torch.float32,
@@ -171,7 +172,7 @@ def _write(file: Path, tree: Any, folder: Path) -> None:
                 local_files_only=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(
-                file.parent, gguf_file=str(file), trust_remote_code=False, local_files_only=True
+                folder, gguf_file=str(file), trust_remote_code=False, local_files_only=True
             )
         # The loaded model counts as quantized and refuses to be saved; its weights in a fresh tree do not.
         tree.load_state_dict(loaded.state_dict(), assign=True)

@@ -170,6 +170,16 @@ def prepare(model: str, workspace: Workspace, progress: Progress | None = None) 
     _folder(_locate(model), workspace, weights=True, progress=progress)
 
 
+def files_of(model: str, workspace: Workspace) -> tuple[Path, Path | None]:
+    """Returns the folder in Hugging Face layout that a model is read from, and the GGUF file that it was made of.
+
+    Raises:
+        LoRAError: `model` names nothing that the studio can train, or there is no room for it.
+    """
+    source = _locate(model)
+    return _folder(source, workspace, weights=True), source.file
+
+
 def load_model(
     model: str,
     workspace: Workspace,

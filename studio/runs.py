@@ -9,6 +9,8 @@ lock           held by the worker as long as it lives; holds the numbers of its 
 stop           there when somebody asked the worker to end: holds "stopped" or "paused"
 data.json      SHA-256 of each source of its rows, as of the first start
 queued         there while the run waits for its turn: holds its place in the queue
+imported       there when the adapter came from elsewhere: says from what
+exports/       what was made of the adapter to take home (see `studio.export`)
 """
 
 import fcntl
@@ -124,20 +126,30 @@ class Run:
         Raises:
             OSError: What they are cannot be written.
         """
-        file = self.folder / "data.json"
-        try:
-            known = read_json(file)
-        except FileNotFoundError:
-            write_whole(file, json.dumps(hashes, indent=2).encode())
-            return []
-        except ValueError:  # damaged: nothing is known
+        known = self.data_hashes
+        if not (self.folder / "data.json").exists():
+            write_whole(self.folder / "data.json", json.dumps(hashes, indent=2).encode())
             return []
         return [source for source, digest in hashes.items() if known.get(source, digest) != digest]
+
+    @property
+    def data_hashes(self) -> dict[str, str]:
+        """Source of rows → SHA-256 when the run first read it; empty where nothing is known."""
+        try:
+            known = read_json(self.folder / "data.json")
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
 
     @property
     def has_adapter(self) -> bool:
         """Whether an adapter was saved."""
         return all((self.adapter_folder / name).is_file() for name in ADAPTER_FILES)
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the adapter came from elsewhere, so that nothing is known of its training."""
+        return (self.folder / "imported").is_file()
 
     def is_running(self) -> bool:
         """Says whether a worker holds the lock."""
@@ -340,10 +352,12 @@ class Runs:
         """Removes a run's folder for good.
 
         Raises:
-            LoRAError: The run is still going.
+            LoRAError: The run, or an export of it, is still going.
         """
         if run.is_running():
             raise LoRAError(f"Run {run.id} is still running; stop it before you delete it.")
+        if any(map(is_held, run.folder.glob("exports/*/lock"))):
+            raise LoRAError(f"Run {run.id} is still being exported; cancel that before you delete it.")
         self._known.pop(run.id, None)
         # Renamed first: a deletion that is broken off leaves no half run in the list.
         gone = run.folder.with_name(f".deleted-{run.id}")

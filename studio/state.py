@@ -267,6 +267,17 @@ class Studio:
         if model != STARTER and not is_on_hub:
             self._check_place("model", model)
 
+    def check_places(self, spec: RunSpec) -> None:
+        """Checks that a page may open what a spec from elsewhere names.
+
+        Raises:
+            LoRAError: Its model or a source of its rows is a place outside of `open_folders`.
+        """
+        self.check_model(spec.model)
+        for one in (*split_source(spec.data.source), *split_source(spec.data.eval_source or "starter:none")):
+            if one.partition(":")[0] not in ("starter", "hub"):
+                self._check_place("source", one)
+
     def _check_place(self, name: str, value: str) -> None:
         try:
             place = Path(value).expanduser().resolve()

@@ -126,6 +126,7 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
         to_train = gr.Button("Open in Train")
         to_spectrum = gr.Button("Open in Spectrum")
         to_chat = gr.Button("Open in Chat")
+        to_home = gr.Button("Take home")
         download = gr.DownloadButton("Download adapter (zip)", elem_id="download")
         delete = gr.Button("Delete …", variant="stop", elem_id="delete")
     with gr.Accordion("Train a copy", open=False):
@@ -173,7 +174,8 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
 
     def remove(run: str) -> tuple[Any, ...]:
         studio.runs.delete(studio.runs.get(run))
-        _packed(run, studio.workspace.downloads).unlink(missing_ok=True)
+        for file in studio.workspace.downloads.glob(f"{run}-*"):
+            file.unlink(missing_ok=True)
         left = choices(studio, studio.runs.list())
         return gr.Group(visible=False), gr.Dropdown(choices=left, value=left[0][1] if left else None), *fill()
 
@@ -181,7 +183,7 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
     gr.on([selected, run_id.change], studio.guard(fill), None, [table, ids], **private)
     gr.on([selected, run_id.change], studio.guard(show), run_id, [chosen, download], **private)
     table.select(studio.guard(choose), ids, run_id, **private)
-    for button, tab in ((to_train, "train"), (to_spectrum, "spectrum"), (to_chat, "chat")):
+    for button, tab in ((to_train, "train"), (to_spectrum, "spectrum"), (to_chat, "chat"), (to_home, "home")):
         button.click(lambda tab=tab: gr.Tabs(selected=tab), None, tabs, queue=False, **private)
     copied.click(studio.guard(copy), [run_id, changes], [run_id, tabs], **private)
     delete.click(studio.guard(ask), run_id, [question, asked], **private)

@@ -229,14 +229,15 @@ def test_no_tab_overflows_the_page(trained, browser, server, scheme, width, heig
     page = context.new_page()
     page.goto(server.url)
     page.wait_for_selector("text=134,515,008", timeout=WAIT)
-    for name in ("Model", "Data", "Train", "Spectrum", "Chat", "Runs"):
+    for name in ("Model", "Data", "Train", "Spectrum", "Chat", "Runs", "Take home"):
         open_tab(page, name)
         page.wait_for_timeout(2500)
         inner = page.evaluate("document.documentElement.scrollWidth")
         assert inner <= width, f"{name} is {inner} wide on a page of {width}"
         if SHOTS:
             Path(SHOTS).mkdir(parents=True, exist_ok=True)
-            page.screenshot(path=Path(SHOTS) / f"{name.lower()}-{scheme}-{width}.png", full_page=width < 600)
+            file = f"{name.lower().replace(' ', '-')}-{scheme}-{width}.png"
+            page.screenshot(path=Path(SHOTS) / file, full_page=width < 600)
     context.close()
 
 

@@ -637,7 +637,7 @@ def test_nothing_else_is_handed_out(form, page, local):
     assert local.raw("GET", f"{API}/file={folder}/x-adapter.zip", {})[0] == 200
     path = form.format(downloads=folder, uploaded=uploaded, root=local.workspace.root, here=ROOT)
     status, text = local.raw("GET", f"{API}/file={path}", {})
-    assert (status, text) in [(403, "Only the adapters of runs can be downloaded.\n"), (404, CLOSED)]
+    assert (status, text) in [(403, "Only what was made ready for a download can be fetched.\n"), (404, CLOSED)]
     link.unlink()
     shutil.rmtree(folder)
     folder.mkdir()

@@ -205,4 +205,6 @@ def build(frame: Frame, tab: Any) -> None:
     outputs = [facts, heat, going, cancel]
     events = frame.draws(tab, show, [quantity], outputs, also=[quantity.change], show_progress="hidden")
     cancel.click(lambda: ("", gr.Button(visible=False)), None, [going, cancel], cancels=events, queue=False, **PRIVATE)
-    heat.pointed(studio.guard(open_matrix), None, [frame.matrix, frame.sections], show_progress="hidden", queue=False, **PRIVATE)
+    heat.pointed(
+        studio.guard(open_matrix), None, [frame.matrix, frame.sections], show_progress="hidden", queue=False, **PRIVATE
+    )
