@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from core import LoRAError, Noted
-from studio.runs import Runs
+from studio.runs import Run, Runs
 from studio.workspace import Workspace
 
 
