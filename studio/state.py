@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import gradio as gr
+import torch
 from torch import nn
 
 from core import Adapter, Factors, LoRAError, Spectrum, plan, quoted, resolve_devices, resolve_dtype, spectrum
 from studio import data, hub, jobs, models, sweeps
-from studio.chat import Engine
+from studio.chat import KEPT_ADAPTERS, Engine
+from studio.checkpoints import ADAPTER_FILES
 from studio.history import Shown
 from studio.model_files import STARTER
 from studio.runs import Run, Runs
@@ -49,6 +51,7 @@ class Studio:
         self.log_file = workspace.root / "studio.log"
         self._locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)  # a slow kind holds up no other
         self._kept: dict[str, tuple[Any, Any]] = {}
+        self._adapters: dict[tuple[str, int], tuple[Any, Adapter]] = {}
 
     def tokenizer(self, model: str) -> Any:
         """Returns the model's tokenizer."""
@@ -86,8 +89,39 @@ class Studio:
         return self._keep("spectra", self._adapter_key(run), lambda: _spectra_of(Adapter.load(run.adapter_folder)))
 
     def engine(self, run: Run) -> Engine:
-        """Returns the chat engine of a run: its base model, its adapter, and the merged twin."""
-        return self._keep("engine", self._adapter_key(run), lambda: self._load_engine(run))
+        """Returns the engine of a run's base model, which finds the adapters of all runs on that model."""
+        model, device = run.spec.model, resolve_devices(run.spec.train.device)[0]
+        small = self.info(model).num_parameters <= FP32_CHAT_LIMIT
+        dtype = resolve_dtype("fp32" if device.type == "cpu" and small else run.spec.train.precision, device)
+        return self._keep("engine", (model, device, dtype), lambda: self._load_engine(model, device, dtype))
+
+    def adapter(self, model: str, run_id: str, step: int = 0) -> Adapter:
+        """Returns a run's adapter; the same object as long as its file is the same.
+
+        Args:
+            model: The base model that it has to be of.
+            run_id: The run.
+            step: Of the checkpoint it is taken from; 0 for the adapter as it was saved last.
+
+        Raises:
+            LoRAError: There is no such run, adapter or checkpoint, or it is of another base model.
+        """
+        run = self.runs.get(run_id)
+        if run.spec.model != model:
+            raise LoRAError(f"`adapter` (={run_id!r}) must be of a run on {model}; it is on {run.spec.model}.")
+        if step and step not in run.checkpoints.steps():
+            there = ", ".join(map(str, run.checkpoints.steps())) or "none"
+            raise LoRAError(f"`step` (={step}) must be that of a checkpoint of “{run.spec.name}”; it has {there}.")
+        folder = run.checkpoints.at(step) if step else run.adapter_folder
+        version = self._adapter_key(run) if not step else (folder / ADAPTER_FILES[0]).stat().st_mtime_ns
+        with self._locks["adapters"]:
+            kept = self._adapters.pop((run_id, step), None)
+            if kept is None or kept[0] != version:
+                kept = version, Adapter.load(folder)
+            self._adapters[run_id, step] = kept  # the last one used stands last
+            for old in list(self._adapters)[:-KEPT_ADAPTERS]:
+                del self._adapters[old]
+        return kept[1]
 
     def check(self, spec: RunSpec) -> None:
         """Checks a spec against its model and data as far as that takes no weights.
@@ -133,15 +167,14 @@ class Studio:
             "the page; copy it there, or start the studio with --allow-path and its folder."
         )
 
-    def _load_engine(self, run: Run) -> Engine:
-        model = run.spec.model
-        device = resolve_devices(run.spec.train.device)[0]
-        small = self.info(model).num_parameters <= FP32_CHAT_LIMIT
-        dtype = resolve_dtype("fp32" if device.type == "cpu" and small else run.spec.train.precision, device)
+    def _load_engine(self, model: str, device: torch.device, dtype: torch.dtype) -> Engine:
         loaded = models.load_model(model, self.workspace, device=str(device), dtype=dtype)
         ends = frozenset(models.end_token_ids(loaded, self.tokenizer(model)))
         return Engine(
-            loaded, Adapter.load(run.adapter_folder), ends, is_cpu_shared=lambda: self.runs.running() is not None
+            loaded,
+            functools.partial(self.adapter, model),
+            ends,
+            is_cpu_shared=lambda: self.runs.running() is not None,
         )
 
     def _adapter_key(self, run: Run) -> tuple[str, int]:

@@ -4,7 +4,7 @@ from html import escape
 
 from gradio.themes import Base, Color, colors, sizes
 
-from studio import grid_page
+from studio import chat_page, grid_page
 from studio.palette import ADAPTED, BASE
 
 _ORANGE = Color(
@@ -140,10 +140,9 @@ table.plain :is(th, td):first-child {{ text-align: left; }}
 table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600; font-size: .85rem; }}
 .dark #tokens span {{ color: var(--body-text-color); }}
 .scroll-x {{ overflow-x: auto; }}
-.pane-base {{ border-top: 3px solid var(--base) !important; }}
-.pane-adapter, .pane-merged {{ border-top: 3px solid var(--adapted) !important; }}
-.engine textarea {{ font-size: .8rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }}
-{grid_page.CSS}"""
+.tight {{ gap: .5rem; flex-wrap: wrap; }}
+.tight > button {{ flex: 0 1 auto; min-width: 0 !important; }}
+{chat_page.CSS}{grid_page.CSS}"""
 
 
 def facts(pairs: list[tuple[str, str]]) -> str:
