@@ -2,16 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from core import LoRAError
 from studio import data
 from studio.mapping import Message
 from studio.panes import Pane
 from studio.runs import Run
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 HISTORY_LIMIT = 50
 """Turns of one conversation; beyond, a new one has to begin."""
@@ -151,7 +148,7 @@ def prompt(run: Run, text: str) -> list[Message] | str:
     return data.prompt_messages(row, data.DataSpec.from_dict(spec.to_dict() | as_row))
 
 
-def unstopped(run: Run, tokenizer: "Tokenizer", end_token_ids: frozenset[int]) -> str:
+def unstopped(run: Run, tokenizer: Any, end_token_ids: frozenset[int]) -> str:
     """Returns a warning where what ends an answer in the run's rows does not stop the model; "" where it does."""
     if run.spec.data.layout == "text":  # there is no template
         return ""

@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from core import LoRAError
 from studio import data
@@ -14,9 +14,6 @@ from studio.mapping import Message
 from studio.metrics import METRICS
 from studio.runs import Run
 from studio.tables import Table
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 MAX_PROMPTS = 1000
 MAX_FILE_BYTES = 5_000_000
@@ -36,7 +33,7 @@ class Case(NamedTuple):
     reference: str = ""
 
 
-def held_out(run: Run, table: Table, tokenizer: "Tokenizer", num: int) -> list[Case]:
+def held_out(run: Run, table: Table, tokenizer: Any, num: int) -> list[Case]:
     """Returns the first rows that the run held out of its training, at most `num`.
 
     Raises:

@@ -1,6 +1,6 @@
 """The part of the Chat tab that shows where an adapter changed the model's mind, also in a text of one's own."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
@@ -13,16 +13,13 @@ from studio.state import Studio
 from studio.tabs import panes
 from studio.tabs.panes import LETTERS, NUM_INPUTS
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase as Tokenizer
 
-
-def of_reply(engine: Engine, reply: Reply, tokenizer: "Tokenizer") -> str:
+def of_reply(engine: Engine, reply: Reply, tokenizer: Any) -> str:
     """Returns HTML of an answer, its tokens coloured by how far its pane is from the base."""
     return _scored(engine, reply.pane, list(reply.prompt_ids), list(reply.token_ids), tokenizer)
 
 
-def _scored(engine: Engine, pane: Pane, before: list[int], ids: list[int], tokenizer: "Tokenizer") -> str:
+def _scored(engine: Engine, pane: Pane, before: list[int], ids: list[int], tokenizer: Any) -> str:
     unscored = ""
     if not before:  # the first token has nothing before it that could predict it
         before, ids = ids[:1], ids[1:]
