@@ -126,7 +126,7 @@ class Conversation:
         for number, turn in enumerate(self.turns, start=1):
             lines += [f"## Message {number}", "", *_quoted(turn.asked), ""]
             for place, reply in enumerate(turn.replies):
-                lines += [f"### {'ABCD'[place]}: {_line(reply.pane.title)}", "", f"{_line(reply.engine)}", ""]
+                lines += [f"### {'ABCD'[place]}: {_line(reply.pane.title(run.id))}", "", f"{_line(reply.engine)}", ""]
                 lines += [*_quoted(reply.text), ""]
         return "\n".join(lines)
 

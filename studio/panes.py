@@ -71,12 +71,12 @@ class Pane(Config):
             found[Source(self.plus)] = found.get(Source(self.plus), 0.0) + self.plus_strength
         return {source: strength for source, strength in found.items() if strength}
 
-    @property
-    def title(self) -> str:
-        """What it runs in a few words, of one adapter that is known from elsewhere."""
+    def title(self, home: str = "") -> str:
+        """Returns what it runs in a few words; an adapter is named unless it is that of `home`."""
         if not self.adapter:
             return "Base"
-        at = [f"step {self.step}"] if self.step else []
+        at = [self.adapter] if self.adapter != home else []
+        at += [f"step {self.step}"] if self.step else []
         at += [f"rank {self.rank}"] if self.rank else []
         at += [f"strength {self.strength:g}"] if self.strength != 1 else []
         at += [f"plus {self.plus_strength:g} × {self.plus}"] if self.plus else []

@@ -15,7 +15,6 @@ from studio.metrics import METRICS
 from studio.runs import Run
 from studio.tables import Table
 
-MAX_PROMPTS = 1000
 MAX_FILE_BYTES = 5_000_000
 
 

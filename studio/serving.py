@@ -73,7 +73,7 @@ class _Job:
     """A request that goes on: its answers, and where they are told."""
 
     answers: Iterator[Answer]
-    tell: Callable[[Answer | Exception | None], None]
+    tell: Callable[[Answer | Exception | None], object]
     is_left: threading.Event = field(default_factory=threading.Event)
 
 
@@ -221,8 +221,8 @@ class Service:
         longest = body.get("max_completion_tokens", body.get("max_tokens"))
         longest = DEFAULT_TOKENS if longest is None else _typed("max_tokens", longest, int)
         stop = body.get("stop") or []
-        stops = tuple([stop] if isinstance(stop, str) else stop if isinstance(stop, list) else [None])
-        if len(stops) > MAX_STOPS or not all(isinstance(one, str) and one for one in stops):
+        stops = (stop,) if isinstance(stop, str) else stop
+        if not isinstance(stops, (list, tuple)) or len(stops) > MAX_STOPS or not all(map(_is_text, stops)):
             raise RequestError(f"`stop` must be a text or a list of at most {MAX_STOPS} texts.", "stop")
         try:
             settings = ChatSettings(
@@ -236,7 +236,7 @@ class Service:
         ids = self._chat_ids(body, template) if is_chat else self._text_ids(body)
         options = body.get("stream_options") or {}
         with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        return Asked(body["model"], pane, ids, settings, stops, is_chat, bool(body.get("stream")), with_usage)
+        return Asked(body["model"], pane, ids, settings, tuple(stops), is_chat, bool(body.get("stream")), with_usage)
 
     def _chat_ids(self, body: Mapping[str, Any], template: str) -> list[int]:
         messages = _field(body, "messages", list, None)
@@ -281,12 +281,10 @@ class _Told:
 
     async def pieces(self, answers: AsyncIterator[Answer]) -> AsyncIterator[dict[str, Any]]:
         """Yields pieces of the answer as it grows; a part of what might become a stop text or a character waits."""
-        chat = self._asked.is_chat
-        if chat:
-            first = True
+        is_first = self._asked.is_chat
         async for answer in answers:
-            if chat and first:
-                first = False
+            if is_first:
+                is_first = False
                 yield self._piece({"role": "assistant", "content": ""})
             self._num_tokens = len(answer.token_ids)
             whole = str(self._tokenizer.decode(answer.token_ids))
@@ -397,6 +395,10 @@ def _message(value: Any, place: int) -> Any:
     if not isinstance(content, str):
         raise RequestError(f"`{where}.content` must be text.", "messages")
     return {"role": ROLES[value["role"]], "content": _sound(content, where)}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 def _sound(text: str, name: str) -> str:

@@ -77,11 +77,11 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
             message = gr.Textbox(label="Message", lines=2, max_lines=6, elem_id="message", autofocus=False)
             examples = gr.Dropdown([], label="Examples that the adapter has not seen", value=None, elem_id="examples")
             with gr.Row(elem_classes=["tight"]):
-                send = gr.Button("Send to all", variant="primary", elem_id="send")
-                stop = gr.Button("Stop", elem_id="chat-stop")
-                again = gr.Button("Regenerate", elem_id="regenerate")
-                edit = gr.Button("Edit last message", elem_id="edit-last")
-                fresh = gr.Button("New conversation", elem_id="new-talk")
+                send = gr.Button("Send to all", variant="primary", size="md", elem_id="send")
+                stop = gr.Button("Stop", size="md", elem_id="chat-stop")
+                again = gr.Button("Regenerate", size="md", elem_id="regenerate")
+                edit = gr.Button("Edit last message", size="md", elem_id="edit-last")
+                fresh = gr.Button("New conversation", size="md", elem_id="new-talk")
         with gr.Column(scale=4, min_width=320):
             with gr.Row():
                 num = gr.Radio([2, 3, 4], value=3, label="Panes", elem_id="num-panes", min_width=130)
@@ -207,7 +207,9 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
             best = None if place is None else places[place]
             ballots.cast(there.folder, turn.asked, [r.pane for r in turn.replies], [r.text for r in turn.replies], best)
             heads = [
-                chat_page.head(f"Answer {n}", f"{LETTERS[i]}: {turn.replies[i].pane.title}", "✓" if i == best else "")
+                chat_page.head(
+                    f"Answer {n}", f"{LETTERS[i]}: {turn.replies[i].pane.title(run)}", "✓" if i == best else ""
+                )
                 for n, i in enumerate(places, start=1)
             ]
             lines = [_line(f"{turn.replies[i].engine}\nfirst logits {turn.replies[i].fingerprint}") for i in places]
@@ -377,7 +379,7 @@ def _tally(studio: Studio, run: Run | None) -> str:
     if run is None:
         return ""
     found, num_bad = ballots.votes(run.folder)
-    return chat_page.tally(ballots.tally(found), lambda pane: pane.title, num_bad)
+    return chat_page.tally(ballots.tally(found), lambda pane: pane.title(run.id), num_bad)
 
 
 def _line(words: str) -> str:

@@ -69,7 +69,7 @@ def build(studio: Studio, run_id: Any, num: Any, sampling: list[Any], inputs: li
         heat, p, length, seed, *rest = values
         there = studio.runs.get(run)
         chosen = [panes.parse(rest[i * NUM_INPUTS : (i + 1) * NUM_INPUTS]) for i in range(int(number))]
-        titles = [f"{LETTERS[i]}: {pane.title}" for i, pane in enumerate(chosen)]
+        titles = [f"{LETTERS[i]}: {pane.title(run)}" for i, pane in enumerate(chosen)]
         settings = ChatSettings(int(length), float(heat), float(p), int(seed or 0))
         now.is_stopped = False
         yield ["Reading the prompts …", gr.skip(), []]

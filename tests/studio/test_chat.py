@@ -687,6 +687,20 @@ def test_a_pane_goes_to_plain_values_and_comes_back(pane):
     assert Pane.from_dict(json.loads(json.dumps(pane.to_dict()))) == pane
 
 
+@pytest.mark.parametrize(
+    ("pane", "title"),
+    [
+        (Pane(), "Base"),
+        (Pane("a"), "Base + adapter"),
+        (Pane("b", merged=True, strength=0.5), "Merged, b, strength 0.5"),
+        (Pane("a", rank=2, step=40), "Base + adapter, step 40, rank 2"),
+        (Pane("a", plus="b", plus_strength=-1), "Base + adapter, plus -1 × b"),
+    ],
+)
+def test_a_pane_says_what_it_runs_in_a_few_words(pane, title):
+    assert pane.title("a") == title
+
+
 @pytest.mark.parametrize("num", [0, 5])
 def test_more_or_fewer_panes_than_there_can_be_are_refused(engine, num):
     with pytest.raises(LoRAError, match=rf"`panes` \(={num} of them\) must be from 1 to 4\."):
