@@ -5,6 +5,7 @@ h = W0·x + b + B·(gains ⊙ (A·x)), where a row's gains are 0 for the adapter
 several at once, each at a strength of its own: then it runs their weighted sum.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -99,6 +100,7 @@ class AdapterBank:
                 self._banked[path] = places[module], _Banked(module, self._chosen)
             self._banked[path][1].arrange(self.names, updates)
         self._banked = {path: banked for path, banked in self._banked.items() if banked[1].names}
+        self._counts = Counter(name for _, banked in self._banked.values() for name in banked.names)
         self._lower()
 
     def _lift(self) -> None:
@@ -116,7 +118,7 @@ class AdapterBank:
 
     def num_matrices(self, name: str) -> int:
         """Returns how many matrices of the model an adapter changes where it is chosen; 0 for one that is not here."""
-        return sum(name in banked.names for _, banked in self._banked.values())
+        return self._counts.get(name, 0)
 
     def use(self, *rows: Row) -> None:
         """Chooses what runs from now on. No number moves: a single adapter is a matter of which views are read.
@@ -132,7 +134,7 @@ class AdapterBank:
     def eject(self) -> None:
         """Gives the model its own layers back, as the same objects."""
         self._lift()
-        self._banked = {}
+        self._banked, self._counts = {}, Counter()
 
 
 class _Chosen:

@@ -44,7 +44,7 @@ def describe(model: nn.Module, base: nn.Module, bank: AdapterBank | None = None,
         row: Which row of the bank's.
     """
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    layers = list(lora_layers(model).values())
+    layers = [] if bank is not None else list(lora_layers(model).values())  # to look takes a millisecond
     if bank is not None:
         chosen = bank.rows[row if len(bank.rows) > 1 else 0]
         levels = {chosen: 1.0} if isinstance(chosen, str) else chosen or {}

@@ -7,7 +7,8 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -50,11 +51,13 @@ class _Group:
         model: The engine's own, with the bank; else one for this pane alone.
         places: Of the panes among all.
         panes: What each runs now: a strength may change between two tokens.
+        engines: What computed the last token of each.
     """
 
     model: nn.Module
     places: list[int]
     panes: list[Pane]
+    engines: list[str] = field(default_factory=list)
 
     def keep(self, rows: list[int]) -> None:
         self.places = [self.places[row] for row in rows]
@@ -282,9 +285,13 @@ class Engine:
                 bank = self._bank
                 if bank is not None:
                     bank.use(*rows)
-            with strength(model, pane.strength if len(pane.sources) == 1 else 1.0):
+            # To look for layers takes milliseconds: only where some can be.
+            is_switched = bank is None and len(pane.sources) == 1 and not pane.merged
+            with strength(model, pane.strength) if is_switched else nullcontext():
                 output = model(**inputs)
-                return output, [describe(model, self._model, bank, row) for row in range(len(group.panes))]
+                if not (pane.merged and group.engines):  # a merged model stays what it is from token to token
+                    group.engines = [describe(model, self._model, bank, row) for row in range(len(group.panes))]
+                return output, group.engines
 
     def _row(self, pane: Pane) -> str | None | dict[str, float]:
         """Returns what a row of the bank runs for a pane; an adapter that had to make room comes back."""
