@@ -104,8 +104,8 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
                 )
     notes = gr.HTML(elem_id="chat-notes")
     with gr.Row(visible=False, elem_id="ballot", elem_classes=["tight"]) as ballot:
-        buttons = [gr.Button(f"Answer {n} is best", elem_id=f"vote-{n}") for n in range(1, 5)]
-        buttons.append(gr.Button("Tie", elem_id="vote-tie"))
+        buttons = [gr.Button(f"Answer {n} is best", size="md", elem_id=f"vote-{n}") for n in range(1, 5)]
+        buttons.append(gr.Button("Tie", size="md", elem_id="vote-tie"))
     with gr.Row(equal_height=False):
         forms = [panes.draw(place) for place in range(len(LETTERS))]
     gr.HTML(chat_page.legend())
@@ -206,12 +206,11 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
             there, turn = _run(studio, run), now.turns[-1]
             best = None if place is None else places[place]
             ballots.cast(there.folder, turn.asked, [r.pane for r in turn.replies], [r.text for r in turn.replies], best)
-            heads = [
-                chat_page.head(
-                    f"Answer {n}", f"{LETTERS[i]}: {turn.replies[i].pane.title(run)}", "✓" if i == best else ""
-                )
-                for n, i in enumerate(places, start=1)
-            ]
+            heads = []
+            for n, i in enumerate(places, start=1):
+                pane, note = turn.replies[i].pane, "voted best" if i == best else ""
+                kind = "" if pane.adapter else "base"
+                heads.append(chat_page.head(f"Answer {n}", f"{LETTERS[i]}: {pane.title(run)}", note, kind))
             lines = [_line(f"{turn.replies[i].engine}\nfirst logits {turn.replies[i].fingerprint}") for i in places]
             rest: list[Any] = [gr.skip()] * (len(LETTERS) - len(places))
             return [[], gr.Row(visible=False), _tally(studio, there), *heads, *rest, *lines, *rest]
@@ -267,11 +266,11 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
     )
     changed = run_id.change(studio.guard(switched), [run_id, *inputs], chosen, concurrency_limit=None, **quiet)
     cleared = [past, ballot, *picture]
-    changed.then(begin_anew, [num, *inputs], cleared, queue=False, **quiet)
+    changed.then(studio.guard(begin_anew), [num, *inputs], cleared, queue=False, **quiet)
     examples.input(lambda e: e, examples, message, queue=False, **quiet)
     gr.on(
         [num.change, blind.change],
-        count,
+        studio.guard(count),
         [num, blind],
         [f.column for f in forms] + [f.settings for f in forms] + buttons[:-1],
         queue=False,
@@ -307,9 +306,9 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
     gr.on([send.click, message.submit], ask, asked, outputs, **going)
     anew = again.click(studio.guard(ask_again), [past, seed], [past, message, seed], queue=False, **quiet)
     anew.success(ask, asked, outputs, **going)
-    stop.click(_halt, live, None, queue=False, **quiet)
+    stop.click(studio.guard(_halt), live, None, queue=False, **quiet)
     edit.click(studio.guard(take_back), [past, num, *inputs], [past, message, ballot, *picture], queue=False, **quiet)
-    fresh.click(begin_anew, [num, *inputs], cleared, queue=False, **quiet)
+    fresh.click(studio.guard(begin_anew), [num, *inputs], cleared, queue=False, **quiet)
     for place, button in enumerate(buttons):
         button.click(
             vote(place if place < len(LETTERS) else None),
@@ -341,7 +340,7 @@ class _Screen:
         for column, place in enumerate(self.places):
             text = texts[place] if texts else ""
             if self.is_blind:  # what came before would tell which is which
-                heads.append(chat_page.head(f"Answer {column + 1}", HIDDEN, kind="hidden"))
+                heads.append(chat_page.head(f"Answer {column + 1}", "?", HIDDEN, "hidden"))
                 talks.append(chat_page.talk((), place, self.text, text))
                 lines.append(_line(words or HIDDEN))
                 continue

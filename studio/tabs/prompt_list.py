@@ -53,9 +53,9 @@ def build(studio: Studio, run_id: Any, num: Any, sampling: list[Any], inputs: li
             with gr.Column(scale=5, min_width=300):
                 limit = gr.Slider(1, 200, value=10, step=1, label="The first so many", elem_id="list-limit")
                 with gr.Row(elem_classes=["tight"]):
-                    ask = gr.Button("Ask all panes", variant="primary", elem_id="list-ask")
-                    cancel = gr.Button("Cancel", elem_id="list-cancel")
-                    save = gr.Button("Download as CSV", elem_id="list-csv")
+                    ask = gr.Button("Ask all panes", variant="primary", size="md", elem_id="list-ask")
+                    cancel = gr.Button("Cancel", size="md", elem_id="list-cancel")
+                    save = gr.Button("Download as CSV", size="md", elem_id="list-csv")
         progress = gr.HTML(elem_id="list-progress")
         view = gr.Dataframe(
             interactive=False, wrap=True, max_height=480, show_label=False, visible=False, elem_id="list-answers"
@@ -122,7 +122,7 @@ def build(studio: Studio, run_id: Any, num: Any, sampling: list[Any], inputs: li
         concurrency_limit=1,
         **quiet,
     )
-    cancel.click(halt, going, None, queue=False, **quiet)
+    cancel.click(studio.guard(halt), going, None, queue=False, **quiet)
     saved = save.click(studio.guard(csv), [run_id, table], file, queue=False, **quiet)
     saved.success(None, file, None, js=chat_page.DOWNLOAD, api_visibility="private")
 
@@ -139,7 +139,9 @@ def _cases(studio: Studio, run: Run, kind: str, path: str | None, most: int) -> 
 
 def _view(titles: list[str], rows: list[list[Any]]) -> Any:
     cut = [[_cell(value) for value in row] for row in rows]
-    return gr.Dataframe({"headers": ["Prompt", "Reference", *titles], "data": cut}, visible=True)
+    headers = ["Prompt", "Reference", *titles]
+    widths = [f"{100 / len(headers):.1f}%"] * len(headers)
+    return gr.Dataframe({"headers": headers, "data": cut}, column_widths=widths, visible=True)
 
 
 def _cell(text: str) -> str:

@@ -37,9 +37,9 @@ def build(studio: Studio, run_id: Any, num: Any, inputs: list[Any]) -> None:
                 label="Message before it", info="May be empty: then the text stands alone.", lines=1, max_lines=4
             )
             text = gr.Textbox(label="Text", lines=4, max_lines=12, elem_id="own-text")
-            with gr.Row():
-                which = gr.Radio(list(LETTERS), value="B", label="Pane against the base", elem_id="score-pane")
-                score = gr.Button("Score", variant="primary", elem_id="score")
+            which = gr.Radio(list(LETTERS), value="B", label="Pane against the base", elem_id="score-pane")
+            with gr.Row(elem_classes=["tight"]):
+                score = gr.Button("Score", variant="primary", size="md", elem_id="score")
         with gr.Column(scale=6, min_width=300):
             result = gr.HTML(js_on_load=chat_page.JS, elem_id="scored")
 

@@ -137,7 +137,7 @@ def test_nothing_of_the_page_is_open_to_other_programs_by_name(page):
 
 def test_tables_show_text_and_no_markup(page):
     tables = [b for b in page.blocks.values() if isinstance(b, gr.Dataframe)]
-    assert {t.elem_id for t in tables} == {"found", "preview", "runs-table"}
+    assert {t.elem_id for t in tables} == {"found", "list-answers", "preview", "runs-table"}
     assert all(t.datatype == "str" and not t.interactive for t in tables)
 
 
@@ -532,7 +532,7 @@ def test_a_blind_test_shows_neither_names_nor_engines_until_the_vote_and_counts_
     assert kept["best"] == shown["order"][1] and kept["answers"] == texts
     assert [pane["adapter"] for pane in kept["panes"]] == ["", trained.id, trained.id]
     assert "1 of 1" in words(tally) and "21% – 100%" in words(tally)
-    assert "✓" in rest[1] and "ABC"[shown["order"][1]] in words(rest[1])
+    assert "voted best" in rest[1] and "ABC"[shown["order"][1]] in words(rest[1])
     assert "float32" in rest[4]
 
 
