@@ -140,7 +140,7 @@ def _cases(studio: Studio, run: Run, kind: str, path: str | None, most: int) -> 
 def _view(titles: list[str], rows: list[list[Any]]) -> Any:
     cut = [[_cell(value) for value in row] for row in rows]
     headers = ["Prompt", "Reference", *titles]
-    widths = [f"{100 / len(headers):.1f}%"] * len(headers)
+    widths: list[str | int] = [f"{100 / len(headers):.1f}%"] * len(headers)
     return gr.Dataframe({"headers": headers, "data": cut}, column_widths=widths, visible=True)
 
 
