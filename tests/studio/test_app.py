@@ -584,6 +584,16 @@ def test_a_list_of_prompts_is_asked_of_all_panes_and_measured(page, trained, tmp
     assert re.search(r"Cancelled after [01] of 2 prompts\.", words(summary))
 
 
+def test_a_list_without_prompts_or_answers_says_what_is_missing(page, trained):
+    values = [0.0, 0.95, 6, 0, *pane_values("Base", run=trained.id)]
+    for run, sentence in ((trained.id, "`Prompts` (=nothing) must be a file"), ("", "`run` (=nothing) must be one")):
+        with pytest.raises(gr.Error) as shown:
+            list(handler(page, "asked")(run, prompt_list.Going(), prompt_list.WHERE[1], None, 2, 2, *values))
+        assert html.unescape(shown.value.message).startswith(sentence)
+    with pytest.raises(gr.Error, match="There are no answers yet; ask all panes first"):
+        handler(page, "csv")(trained.id, [])
+
+
 @pytest.mark.parametrize(
     ("run", "text", "kinds", "fields", "sentence"),
     [
@@ -591,6 +601,7 @@ def test_a_list_of_prompts_is_asked_of_all_panes_and_measured(page, trained, tmp
         (None, " ", ["Base"], {}, "`Message` (=nothing) must not be empty; write one, or take an example."),
         (None, "", ["Base"], {}, "`Message` (=nothing) must not be empty; write one, or take an example."),
         (None, "Hi", ["Adapter"], {"adapter": None}, "`Adapter of` (=nothing) must name a run, for a pane that runs"),
+        (None, "Hi", ["Sum of two"], {"plus": None}, "`Plus the adapter of` (=nothing) must be chosen for a pane that"),
         (None, "Hi", ["Checkpoint"], {}, "`Checkpoint of step` (=nothing) must be chosen for a pane that runs"),
         (None, "Hi", ["Checkpoint"], {"step": 7}, "`step` (=7) must be that of a checkpoint of “Inns”; it has none."),
     ],

@@ -185,6 +185,13 @@ def test_what_cannot_be_had_is_refused_in_openai_s_form(options, kind, message, 
         chat(client, **options)
 
 
+def test_what_the_chat_template_refuses_is_told(parts, monkeypatch):
+    monkeypatch.setattr(parts[1], "chat_template", "{{ raise_exception('no such order') }}")
+    service = serving.Service(None, parts[1], {"inns": (Pane("inns"), "chat")})
+    with pytest.raises(serving.RequestError, match="`messages` cannot be asked: .*no such order"):
+        service.parse({"model": "inns", "messages": HELLO}, is_chat=True)
+
+
 @pytest.mark.parametrize("prompt", ["", ["a", "b"], [1, 2]])
 def test_completions_take_one_text(prompt, client):
     with pytest.raises(openai.BadRequestError, match="`prompt` must be one text that is not empty"):
