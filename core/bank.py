@@ -5,6 +5,7 @@ h = W0·x + b + B·(gains ⊙ (A·x)), where a row's gains are 0 for the adapter
 several at once, each at a strength of its own: then it runs their weighted sum.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -51,18 +52,64 @@ class AdapterBank:
         self.names = tuple(adapters)
         self._model = model
         self._chosen = _Chosen(self.names)
-        updates: dict[str, dict[str, _Update]] = {}
-        for name, adapter in adapters.items():
-            for path, update in _updates(adapter).items():
-                updates.setdefault(path, {})[name] = update
-        places = places_of(model)
-        self._banked = [
-            (places[module], _Banked(module, self.names, of_path, self._chosen))
-            for path, of_path in updates.items()
-            for module in [model.get_submodule(path)]
-        ]
-        for paths, banked in self._banked:
-            replace(model, paths, banked)
+        self._banked: dict[str, tuple[list[str], _Banked]] = {}
+        self._arrange({name: _updates(adapter) for name, adapter in adapters.items()})
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Puts one more adapter beside the others, which are not loaded anew; all rows run the base until `use`.
+
+        Raises:
+            LoRAError: The name is taken, or the adapter holds what rows cannot have for themselves.
+            AdapterFileError: The adapter does not fit the model; the bank is left as it was.
+        """
+        if name in self.names:
+            raise LoRAError(f"`name` (={quoted(name)}) must be new to the bank; remove that adapter first.")
+        self._lift()
+        try:
+            _check(name, adapter, self._model)  # against the model's own layers
+            updates = _updates(adapter)
+        except LoRAError:
+            self._lower()
+            raise
+        self.names = (*self.names, name)
+        self._arrange({name: updates})
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter out; all rows run the base until `use`.
+
+        Raises:
+            LoRAError: There is no adapter of that name.
+        """
+        if name not in self.names:
+            raise LoRAError(f"`name` (={quoted(name)}) must be of the bank: {', '.join(self.names) or 'it is empty'}.")
+        self._lift()
+        self.names = tuple(other for other in self.names if other != name)
+        self._arrange({})
+
+    def _arrange(self, new: Mapping[str, Mapping[str, "_Update"]]) -> None:
+        """Puts layers in the places of the model's own, which stand there now, with what they had and `new`."""
+        self._chosen.rename(self.names)
+        by_path: dict[str, dict[str, _Update]] = {path: {} for path in self._banked}
+        for name, updates in new.items():
+            for path, update in updates.items():
+                by_path.setdefault(path, {})[name] = update
+        places = places_of(self._model) if by_path.keys() - self._banked.keys() else {}
+        for path, updates in by_path.items():
+            if path not in self._banked:
+                module = self._model.get_submodule(path)
+                self._banked[path] = places[module], _Banked(module, self._chosen)
+            self._banked[path][1].arrange(self.names, updates)
+        self._banked = {path: banked for path, banked in self._banked.items() if banked[1].names}
+        self._counts = Counter(name for _, banked in self._banked.values() for name in banked.names)
+        self._lower()
+
+    def _lift(self) -> None:
+        for paths, banked in self._banked.values():
+            replace(self._model, paths, banked.base_layer)
+
+    def _lower(self) -> None:
+        for paths, banked in self._banked.values():
+            replace(self._model, paths, banked)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -71,7 +118,7 @@ class AdapterBank:
 
     def num_matrices(self, name: str) -> int:
         """Returns how many matrices of the model an adapter changes where it is chosen; 0 for one that is not here."""
-        return sum(name in banked._one for _, banked in self._banked)
+        return self._counts.get(name, 0)
 
     def use(self, *rows: Row) -> None:
         """Chooses what runs from now on. No number moves: a single adapter is a matter of which views are read.
@@ -86,9 +133,8 @@ class AdapterBank:
 
     def eject(self) -> None:
         """Gives the model its own layers back, as the same objects."""
-        for paths, banked in self._banked:
-            replace(self._model, paths, banked.base_layer)
-        self._banked = []
+        self._lift()
+        self._banked, self._counts = {}, Counter()
 
 
 class _Chosen:
@@ -100,6 +146,10 @@ class _Chosen:
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
+        self.rename(names)
+
+    def rename(self, names: tuple[str, ...]) -> None:
+        """Takes the adapters that there are now; what was chosen is forgotten."""
         self._names = names
         self.choose((None,))
 
@@ -154,31 +204,40 @@ class _Update:
 class _Banked(StandIn):
     """A layer with the updates of a bank beside it."""
 
-    def __init__(
-        self, base_layer: nn.Module, names: tuple[str, ...], updates: Mapping[str, _Update], chosen: _Chosen
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, chosen: _Chosen) -> None:
         super().__init__()
         self.base_layer = base_layer
         self._chosen = chosen
-        reference = next(iter(base_layer.parameters()))
         self._is_embedding = matrix_form(base_layer) == "embedding"
-        parts = {name: update.on(base_layer) for name, update in updates.items()}
-        self._ranks = tuple(parts[name][0].shape[0] if name in parts else 0 for name in names)
-        dtype = reference.dtype if reference.is_floating_point() else torch.bfloat16
-        own = [parts[name] for name in names if name in parts]
-        self._A = torch.cat([A for A, _, _ in own]).to(reference.device, dtype)
-        self._B = torch.cat([B for _, B, _ in own], 1).to(reference.device, dtype)
         self._one: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
-        ends = dict(zip(names, torch.tensor(self._ranks).cumsum(0).tolist(), strict=True))
-        zeros = torch.zeros(len(self._B), device=reference.device, dtype=dtype)
-        diagonals = []
-        for name, r in zip(names, self._ranks, strict=True):
-            diagonal = parts[name][2] if name in parts else None
-            diagonals.append(zeros if diagonal is None else diagonal.to(zeros))
+
+    @property
+    def names(self) -> set[str]:
+        """The adapters that have an update here."""
+        return set(self._one)
+
+    def arrange(self, names: tuple[str, ...], new: Mapping[str, _Update]) -> None:
+        """Lays the updates of those of `names` that have one here on each other: what is here already, and `new`."""
+        parts = self._one | {name: update.on(self.base_layer) for name, update in new.items()}
+        own = [name for name in names if name in parts]
+        self._one = {}
+        if not own:
+            return
+        reference = next(iter(self.base_layer.parameters()))
+        device, dtype = reference.device, reference.dtype if reference.is_floating_point() else torch.bfloat16
+        self._ranks = tuple(parts[name][0].shape[0] if name in parts else 0 for name in names)
+        self._A = torch.cat([parts[name][0].to(device, dtype) for name in own])
+        self._B = torch.cat([parts[name][1].to(device, dtype) for name in own], 1)
+        zeros = torch.zeros(len(self._B), device=device, dtype=dtype)
+        found = [parts[name][2] if name in parts else None for name in names]
+        is_plain = all(d is None for d in found)
+        self._diagonals = None if is_plain else torch.stack([zeros if d is None else d.to(zeros) for d in found])
+        end = 0
+        for place, (name, r) in enumerate(zip(names, self._ranks, strict=True)):
+            begin, end = end, end + r
             if name in parts:
-                place = slice(ends[name] - r, ends[name])
-                self._one[name] = self._A[place], self._B[:, place], None if diagonal is None else diagonals[-1]
-        self._diagonals = torch.stack(diagonals) if any(d is not zeros for d in diagonals) else None
+                diagonal = None if self._diagonals is None or found[place] is None else self._diagonals[place]
+                self._one[name] = self._A[begin:end], self._B[:, begin:end], diagonal
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns what the base layer does, with each row's own update."""

@@ -96,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     commands_for_runs(command)
     analysis.add_commands(command)
     home_commands.add_commands(command)
+    api = command("serve-api", _serve_api, "Serve adapters to OpenAI's clients, on this machine only.")
+    api.add_argument(
+        "adapters", metavar="ADAPTER", nargs="+", help="a run's id, or how it begins, or a folder; NAME=… names it"
+    )
+    api.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the adapters name)")
+    api.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
     devices = command("devices", _devices, "List the GPUs of this machine, and how much memory is free on each.")
     devices.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
     demo = command("demo", _demo, "Train the starter model on a starter data set and show what changed.")
@@ -197,6 +203,15 @@ def _serve(args: argparse.Namespace, workspace: Workspace) -> int:
         account=account,
         notes=_notes(account, is_local),
     )
+    return 0
+
+
+def _serve_api(args: argparse.Namespace, workspace: Workspace) -> int:
+    from studio import offer
+    from studio.runs import Runs
+
+    runs = Runs(workspace)
+    offer.serve(offer.offer(args.adapters, args.base, runs.find), workspace, port=args.port)
     return 0
 
 

@@ -26,7 +26,18 @@ from studio.mapping import (
     reference,
     to_messages,
 )
-from studio.rendering import IGNORED, Example, Piece, end_tokens, marked_tokens, prompt_ids, render, tokenize_row
+from studio.rendering import (
+    IGNORED,
+    Example,
+    Piece,
+    end_tokens,
+    marked_tokens,
+    prompt_ids,
+    render,
+    text_ids,
+    token_texts,
+    tokenize_row,
+)
 from studio.rows import Row
 from studio.survey import ENDED, Split, Survey
 from studio.tables import Starter, Table, fingerprint, list_starters, read_table, save_upload
@@ -68,7 +79,9 @@ __all__ = [
     "render",
     "report_of",
     "save_upload",
+    "text_ids",
     "to_messages",
+    "token_texts",
     "tokenize_row",
 ]
 

@@ -5,8 +5,10 @@ from typing import Any
 
 from core import Adapter, LoRAConfig, TrainConfig, random_sigma, spectrum
 from studio import data, figures, jobs, models
-from studio.chat import ChatSettings, Engine
+from studio.chat import Engine
+from studio.panes import Pane
 from studio.runs import Run, Runs
+from studio.sampling import ChatSettings
 from studio.specs import RunSpec
 from studio.svg import save_figure
 from studio.tables import read_table
@@ -47,16 +49,17 @@ def demo(workspace: Workspace, *, model: str, source: str, steps: int) -> int:
 def _show_answers(run: Run, workspace: Workspace, rows: list[data.Row], tokenizer: Any) -> None:
     spec = run.spec
     model = models.load_model(spec.model, workspace)
-    engine = Engine(model, Adapter.load(run.adapter_folder), frozenset(models.end_token_ids(model, tokenizer)))
+    adapter = Adapter.load(run.adapter_folder)
+    engine = Engine(model, lambda name, step: adapter, frozenset(models.end_token_ids(model, tokenizer)))
     settings = ChatSettings(max_new_tokens=MAX_NEW_TOKENS)
     for row in rows:
         prompt = data.prompt_messages(row, spec.data)
         ids = data.prompt_ids(prompt, tokenizer, spec.data.template)
-        *_, last = engine.answer_all(("base", "adapter"), ids, settings)
+        *_, (base, adapted) = engine.answer_all([Pane(), Pane(run.id)], [ids, ids], settings)
         question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         print(f"\nPrompt    {question}")
-        print(f"Base      {tokenizer.decode(last['base'].token_ids).strip()}")
-        print(f"Adapter   {tokenizer.decode(last['adapter'].token_ids).strip()}")
+        print(f"Base      {tokenizer.decode(base.token_ids).strip()}")
+        print(f"Adapter   {tokenizer.decode(adapted.token_ids).strip()}")
         print(f"Reference {data.reference(row, spec.data)}", flush=True)
 
 

@@ -98,9 +98,12 @@ class Account:
         return b"Basic " + base64.b64encode(f"{self.name}:{self.password}".encode())
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
+    """A request that is not let in; `status` is HTTP's."""
+
     def __init__(self, status: int, words: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(words)
+        self.status = status
         self.response = PlainTextResponse(words + "\n", status, headers)
 
 
@@ -136,12 +139,12 @@ class Doors:
             await send({"type": "websocket.close", "code": 1008})
             return
         try:
-            _check_origin(Headers(scope=scope), None if self._account else self._host)
+            check_origin(Headers(scope=scope), None if self._account else self._host)
             await self._check_account(scope)
             self._check_route(scope["method"], scope["path"])
             if scope["method"] == "POST":
                 receive = await self._checked_body(scope, receive)
-        except _RefusedError as refused:
+        except RefusedError as refused:
             await refused.response(scope, receive, send_with_headers)
         except ClientDisconnect:
             return
@@ -159,15 +162,15 @@ class Doors:
                     return
                 await asyncio.sleep(WRONG_PASSWORD_SECONDS)
         challenge = {"WWW-Authenticate": 'Basic realm="LoRA Studio", charset="UTF-8"'}
-        raise _RefusedError(401, "LoRA Studio asks for a user name and a password.", challenge)
+        raise RefusedError(401, "LoRA Studio asks for a user name and a password.", challenge)
 
     def _check_route(self, method: str, path: str) -> None:
         if not re.fullmatch(ROUTES.get(method, ""), path):
-            raise _RefusedError(404, "There is nothing here.")
+            raise RefusedError(404, "There is nothing here.")
         if path.startswith(_FILE):
             file = path.removeprefix(_FILE)
             if not self._download.fullmatch(file) or Path(file).is_symlink():
-                raise _RefusedError(403, "Only what was made ready for a download can be fetched.")
+                raise RefusedError(403, "Only what was made ready for a download can be fetched.")
 
     async def _checked_body(self, scope: Scope, receive: Receive) -> Receive:
         """Returns what gives the request's body in place of `receive`, within its bounds."""
@@ -175,19 +178,19 @@ class Doors:
         limit = MAX_BODY_BYTES + (MAX_UPLOAD_BYTES if is_upload else 0)
         too_large = f"A request must have at most {limit:,} bytes."
         if int(Headers(scope=scope).get("content-length", 0)) > limit:
-            raise _RefusedError(413, too_large)
+            raise RefusedError(413, too_large)
         if is_upload:
             return _bounded(receive, limit)
         body = b""
         async for chunk in Request(scope, receive).stream():
             body += chunk
             if len(body) > limit:
-                raise _RefusedError(413, too_large)
+                raise RefusedError(413, too_large)
         try:
             value = json.loads(body, object_pairs_hook=self._checked_pairs)
             json.dumps(value, ensure_ascii=False).encode()  # half a character would fail on its way to other pages
         except (ValueError, RecursionError) as error:
-            raise _RefusedError(400, "The request must be JSON.") from error
+            raise RefusedError(400, "The request must be JSON.") from error
         first: list[Message] = [{"type": "http.request", "body": body}]
 
         async def again() -> Message:
@@ -199,14 +202,14 @@ class Doors:
         """Returns an object of a request; where it names a file, as Gradio's uploads do, that must be an upload."""
         for key, value in pairs:
             if key == "path" and not self._was_uploaded(value):
-                raise _RefusedError(403, "A file must be uploaded before it is named.")
+                raise RefusedError(403, "A file must be uploaded before it is named.")
         return dict(pairs)
 
     def _was_uploaded(self, value: Any) -> bool:
         return isinstance(value, str) and Path(os.path.realpath(value)).is_relative_to(self._incoming)
 
 
-def _check_origin(headers: Headers, host: str | None) -> None:
+def check_origin(headers: Headers, host: str | None) -> None:
     """Refuses what a page of another site asks for, in the browser of somebody who may come in.
 
     Args:
@@ -216,10 +219,10 @@ def _check_origin(headers: Headers, host: str | None) -> None:
     """
     named = headers.get("host", "")
     if host is not None and not _is_local(named, host):
-        raise _RefusedError(403, f"This server is not {named}; it answers at localhost.")
+        raise RefusedError(403, f"This server is not {named}; it answers at localhost.")
     origin = headers.get("origin")
     if origin is not None and origin.partition("://")[2] != named:
-        raise _RefusedError(403, "Other sites may not use this server.")
+        raise RefusedError(403, "Other sites may not use this server.")
 
 
 def _is_local(named: str, host: str) -> bool:

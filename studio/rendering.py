@@ -149,6 +149,24 @@ def marked_tokens(example: Example, tokenizer: "Tokenizer") -> list[tuple[str, b
     return marked
 
 
+def token_texts(ids: Sequence[int], tokenizer: "Tokenizer") -> list[tuple[str, int]]:
+    """Returns the text of tokens and how many have it: those that are only parts of one character stand together."""
+    found, before, group = [], [], []
+    for i, token in enumerate(ids):
+        group.append(token)
+        text = _decode_after(before, group, tokenizer)
+        if text.endswith("\ufffd") and len(group) < 8 and i + 1 < len(ids):
+            continue
+        found.append((text, len(group)))
+        before, group = group, []
+    return found
+
+
+def text_ids(text: str, tokenizer: "Tokenizer") -> list[int]:
+    """Returns the ids of a text that stands behind others, or alone."""
+    return _encode([Piece(text, False)], tokenizer)[0]
+
+
 def _pieces(content: list[Message] | str, tokenizer: "Tokenizer", template: str, ask: bool = False) -> list[Piece]:
     """Returns what the model sees of a conversation or text; with `ask`, up to where its next answer begins."""
     if not isinstance(content, str) and template == "chat":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import gradio as gr
+import torch
 from torch import Tensor, nn
 
 from core import (
@@ -34,11 +35,12 @@ from core import (
     weight_svd,
 )
 from studio import data, hub, jobs, models, sweeps
-from studio.chat import Engine
+from studio.chat import KEPT_ADAPTERS, Engine
 from studio.checkpoints import ADAPTER_FILES
 from studio.history import Shown
 from studio.model_files import STARTER
 from studio.opened import Opened, Source, read_matrix
+from studio.panes import Pane
 from studio.planner import Planner
 from studio.runs import Run, Runs
 from studio.specs import RunSpec
@@ -72,6 +74,7 @@ class Studio:
         self.log_file = workspace.root / "studio.log"
         self._locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)  # a slow kind holds up no other
         self._kept: defaultdict[str, dict[Any, Any]] = defaultdict(dict)
+        self._guests: dict[str, Adapter] = {}  # what the engines run beside the adapters of runs
 
     def tokenizer(self, model: str) -> Any:
         """Returns the model's tokenizer."""
@@ -111,7 +114,7 @@ class Studio:
             LoRAError: There is none, it cannot be read or does not fit its model, or pages may not open its place.
         """
         key = self.place_of(source)
-        return self._keep("opened", key, lambda: self._open(source, key), most=4)
+        return self._keep("opened", key, lambda: self._open(source, key), most=KEPT_ADAPTERS)
 
     def place_of(self, source: Source) -> tuple[Source, tuple[int, ...]]:
         """Returns `source` with the times of its files, which change with the adapter.
@@ -228,12 +231,45 @@ class Studio:
             yield known
 
     def engine(self, run: Run) -> Engine:
-        """Returns the chat engine of a run: its base model, its adapter, and the merged twin."""
-        return self.engine_of(self.opened(Source(run.id)))
+        """Returns the engine of a run's base model, which finds the adapters of all runs on that model."""
+        return self._engine_of(run.spec.model, run.spec.train)
 
-    def engine_of(self, opened: Opened) -> Engine:
-        """Returns the chat engine of an adapter whose base model is at hand; one is kept, of whatever adapter."""
-        return self._keep("engine", opened.key, lambda: self._load_engine(opened))
+    def engine_for(self, opened: Opened) -> tuple[Engine, Pane]:
+        """Returns the engine of an adapter's base model, which must be at hand, and the pane that runs the adapter."""
+        name = f"{opened.name} ({hash(opened.key):x})"
+        with self._locks["adapters"]:
+            self._guests.pop(name, None)
+            self._guests[name] = opened.adapter
+            for old in list(self._guests)[:-KEPT_ADAPTERS]:
+                del self._guests[old]
+        return self._engine_of(opened.model or "", opened.run.spec.train if opened.run else TrainConfig()), Pane(name)
+
+    def _engine_of(self, model: str, train: TrainConfig) -> Engine:
+        device = resolve_devices(train.device)[0]
+        small = self.info(model).num_parameters <= FP32_CHAT_LIMIT
+        dtype = resolve_dtype("fp32" if device.type == "cpu" and small else train.precision, device)
+        return self._keep("engine", (model, device, dtype), lambda: self._load_engine(model, device, dtype))
+
+    def adapter(self, model: str, run_id: str, step: int = 0) -> Adapter:
+        """Returns a run's adapter; the same object as long as its file is the same.
+
+        Args:
+            model: The base model that it has to be of.
+            run_id: The run.
+            step: Of the checkpoint it is taken from; 0 for the adapter as it was saved last.
+
+        Raises:
+            LoRAError: There is no such run, adapter or checkpoint, or it is of another base model.
+        """
+        if run_id in self._guests:
+            return self._guests[run_id]
+        run = self.runs.get(run_id)
+        if run.spec.model != model:
+            raise LoRAError(f"`adapter` (={run_id!r}) must be of a run on {model}; it is on {run.spec.model}.")
+        if step and step not in run.checkpoints.steps():
+            there = ", ".join(map(str, run.checkpoints.steps())) or "none"
+            raise LoRAError(f"`step` (={step}) must be that of a checkpoint of “{run.spec.name}”; it has {there}.")
+        return self.opened(Source(run_id, step or None)).adapter
 
     def check(self, spec: RunSpec) -> None:
         """Checks a spec against its model and data as far as that takes no weights.
@@ -290,14 +326,15 @@ class Studio:
             "the page; copy it there, or start the studio with --allow-path and its folder."
         )
 
-    def _load_engine(self, opened: Opened) -> Engine:
-        model, config = opened.model or "", opened.run.spec.train if opened.run else TrainConfig()
-        device = resolve_devices(config.device)[0]
-        small = self.info(model).num_parameters <= FP32_CHAT_LIMIT
-        dtype = resolve_dtype("fp32" if device.type == "cpu" and small else config.precision, device)
+    def _load_engine(self, model: str, device: torch.device, dtype: torch.dtype) -> Engine:
         loaded = models.load_model(model, self.workspace, device=str(device), dtype=dtype)
         ends = frozenset(models.end_token_ids(loaded, self.tokenizer(model)))
-        return Engine(loaded, opened.adapter, ends, is_cpu_shared=lambda: self.runs.running() is not None)
+        return Engine(
+            loaded,
+            functools.partial(self.adapter, model),
+            ends,
+            is_cpu_shared=lambda: self.runs.running() is not None,
+        )
 
     def _open(self, source: Source, key: Hashable) -> Opened:
         if source.run:

@@ -4,7 +4,7 @@ from html import escape
 
 from gradio.themes import Base, Color, colors, sizes
 
-from studio import bars, certificate, grid_page
+from studio import bars, certificate, chat_page, grid_page
 from studio.palette import ADAPTED, BASE
 
 _ORANGE = Color(
@@ -168,14 +168,12 @@ table.plain :is(th, td):first-child {{ text-align: left; }}
 table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600; font-size: .85rem; }}
 .dark #tokens span {{ color: var(--body-text-color); }}
 .scroll-x {{ overflow-x: auto; }}
+.tight {{ justify-content: flex-start; gap: .5rem; flex-wrap: wrap; }} .tight > * {{ flex: 0 1 auto !important; }}
+.tight > button {{ min-width: 0 !important; }}
 .steps {{ margin: .4rem 0 0 1.2rem; padding: 0; font-size: .9rem; list-style: decimal; }}
 .steps li {{ color: var(--body-text-color-subdued); margin: .1rem 0; }}
 .steps li[aria-current] {{ color: var(--body-text-color); }}
-.tight {{ justify-content: flex-start; gap: .5rem; }} .tight > * {{ flex: 0 1 auto !important; }}
 .download a {{ font-weight: 600; color: var(--adapted); overflow-wrap: anywhere; }}
-.pane-base {{ border-top: 3px solid var(--base) !important; }}
-.pane-adapter, .pane-merged {{ border-top: 3px solid var(--adapted) !important; }}
-.engine textarea {{ font-size: .8rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums; }}
 #fit-row {{ align-items: flex-end; gap: .5rem; }}
 #fit-row > button {{ flex: 0 1 auto; }}
 :is(#probe-progress, #fitting):not(:has(.said, .progress)) {{ display: none; }}
@@ -184,7 +182,7 @@ table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600;
 #offers button:not(.hidden) {{ display: block; white-space: pre-line; text-align: left; font-weight: 400;
   line-height: 1.35; }}
 #offers button::first-line {{ font-weight: 600; }}
-{bars.CSS}{grid_page.CSS}{certificate.CSS}"""
+{bars.CSS}{chat_page.CSS}{grid_page.CSS}{certificate.CSS}"""
 
 
 def facts(pairs: list[tuple[str, str]]) -> str:

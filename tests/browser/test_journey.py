@@ -1,6 +1,7 @@
 """The whole journey of a newcomer, in a real browser, with the real starter model on real rows."""
 
 import io
+import json
 import os
 import re
 import zipfile
@@ -18,11 +19,15 @@ SHOTS = os.environ.get("LORA_STUDIO_SHOTS")  # a folder that gets a picture of e
 
 # Whether the three answers are the same as when this was asked before: they have ended.
 SETTLED = """() => {
-    const now = ["base", "adapter", "merged"].map(p => document.querySelector(`#pane-${p} textarea`).value).join("|");
+    const now = ["a", "b", "c"].map(p => document.querySelector(`#talk-${p}`).innerText).join("|");
     const same = now === window.last;
     window.last = now;
-    return same && now.length > 30;
+    return same && document.querySelectorAll(".talk .said-by").length >= 3;
 }"""
+
+
+def said_by(page, letter):
+    return page.locator(f"#talk-{letter} .said-by p").last.text_content()
 
 
 def open_tab(page, name):
@@ -181,18 +186,71 @@ def test_three_panes_answer_and_merged_agrees_with_unmerged(trained):
     page = trained
     open_tab(page, "Chat")
     page.wait_for_function("document.querySelector('#message textarea').value.length > 10", timeout=WAIT)
+    asked = page.locator("#message textarea").input_value()
     page.locator("#send").click()
-    page.wait_for_function(
-        "document.querySelector('#engine-merged textarea').value.includes('first token')", timeout=WAIT
+    page.wait_for_selector("#talk-c .tok", timeout=WAIT)  # coloured: all have ended
+    said = {letter: said_by(page, letter) for letter in "abc"}
+    engine = {letter: page.locator(f"#engine-{letter}").inner_text() for letter in said}
+    assert said["b"] and said["b"] == said["c"]
+    assert said["a"] != said["b"]
+    assert "adapter off (strength 0)" in engine["a"]
+    assert "unmerged on 120 matrices, strength 1" in engine["b"]
+    assert "W₀ + ΔW in 120 matrices, no LoRA layer" in engine["c"]
+    assert len({re.search(r"first logits (\w{8})", line)[1] for line in engine.values()}) == 3
+    assert (
+        page.locator("#talk-a .asked").inner_text() == asked and page.locator("#message textarea").input_value() == ""
     )
+
+    token = page.locator("#talk-b .tok").nth(1)
+    token.focus()
+    assert page.locator("#talk-b .mind li").count() == 10, "five tokens by either model"
+    assert re.search(r"KL [\d.]+ nats", page.locator("#talk-b .mind").inner_text())
+
+
+def test_the_slider_is_heard_while_a_pane_answers_and_a_stop_keeps_what_was_said(trained):
+    page = trained
+    page.locator("#new-talk").click()
+    page.locator("#message textarea").fill("Tell me a long story about a lighthouse.")
+    page.locator("#send").click()
+    page.wait_for_function("document.querySelector('#engine-b').innerText.includes('strength 1 ')", timeout=WAIT)
+    slider = page.locator("#strength-b input[type=number]")
+    slider.fill("0.5")
+    slider.press("Enter")
+    page.wait_for_function("document.querySelector('#engine-b').innerText.includes('strength 0.5')", timeout=WAIT)
+    page.locator("#chat-stop").click()
     page.wait_for_function(SETTLED, polling=4000, timeout=WAIT)
-    said = {name: page.locator(f"#pane-{name} textarea").input_value() for name in ("base", "adapter", "merged")}
-    engine = {name: page.locator(f"#engine-{name} textarea").input_value() for name in said}
-    assert said["adapter"] and said["adapter"] == said["merged"]
-    assert said["base"] != said["adapter"]
-    assert "adapter off (strength 0)" in engine["base"]
-    assert "adapter unmerged on 120 matrices, strength 1" in engine["adapter"]
-    assert "W₀ + ΔW in 120 matrices, no LoRA layer" in engine["merged"]
+    assert said_by(page, "a")
+    slider.fill("1")
+    slider.press("Enter")
+
+
+def test_a_blind_vote_names_nobody_before_it_is_cast_and_is_counted(trained):
+    page = trained
+    page.locator("#new-talk").click()
+    page.get_by_label("Blind test").check()
+    page.locator("#message textarea").fill("name[Inn 3], food[French]")
+    page.locator("#send").click()
+    page.locator("#vote-2").wait_for(timeout=WAIT)
+    heads = page.locator(".pane-head:visible").all_inner_texts()
+    assert [head.split("\n")[0].split("·")[0].strip() for head in heads] == ["Answer 1", "Answer 2", "Answer 3"]
+    assert "strength" not in page.locator("#engine-a").inner_text()
+    page.locator("#vote-2").click()
+    page.wait_for_function("document.querySelector('.pane-head').innerText.match(/Base|Merged/)", timeout=WAIT)
+    page.get_by_role("button", name="Votes of this run").click()
+    assert "1 of 1" in page.locator("#tally").inner_text()
+    page.get_by_label("Blind test").uncheck()
+
+
+def test_a_transcript_is_downloaded_as_json_and_markdown(trained, tmp_path):
+    page = trained
+    for kind, button in (("json", "#as-json"), ("md", "#as-markdown")):
+        with page.expect_download(timeout=30_000) as downloaded:
+            page.locator(button).click()
+        assert downloaded.value.suggested_filename.endswith(f"-transcript.{kind}")
+        downloaded.value.save_as(tmp_path / kind)
+    (turn,) = json.loads((tmp_path / "json").read_text())["turns"]
+    assert turn["message"] == "name[Inn 3], food[French]" and len(turn["answers"]) == 3
+    assert "### C: Merged" in (tmp_path / "md").read_text()
 
 
 def test_the_runs_tab_lists_downloads_and_deletes_only_after_a_question(trained, tmp_path):

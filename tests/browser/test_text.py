@@ -147,8 +147,10 @@ def test_nothing_that_a_page_shows_runs(hostile, server, browser, tmp_path):
     tab(page, "Chat")
     page.locator("#message textarea").fill(TEXT)
     page.locator("#send").click()
-    for pane in ("base", "adapter", "merged"):
-        shows(f"#pane-{pane} textarea", TEXT)
+    for pane in "abc":
+        shows(f"#talk-{pane} .said-by", TEXT)
+    page.locator("#talk-b .tok").first.focus()
+    shows("#talk-b .mind li", TEXT[:20])
 
     assert page.evaluate("window.ran") is None
     assert dialogs == [] and not [url for url in asked if url.endswith("/x") or "javascript" in url]

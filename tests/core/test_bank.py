@@ -109,12 +109,12 @@ def test_to_switch_moves_no_number_and_allocates_nothing(build, adapter_of):
     (a, _), (b, _) = adapter_of("linear", 1), adapter_of("linear", 2)
     base = build("llama")
     bank = AdapterBank(base, {"a": a, "b": b})
-    places = {id(m): (m._A.data_ptr(), m._A._version, m._B._version) for _, m in bank._banked}
+    places = {id(m): (m._A.data_ptr(), m._A._version, m._B._version) for _, m in bank._banked.values()}
     with torch.profiler.profile(profile_memory=True) as profile:
         for name in ("b", "a", None):
             bank.use(name)
     assert not [e for e in profile.events() if e.name.startswith("aten::")]
-    assert places == {id(m): (m._A.data_ptr(), m._A._version, m._B._version) for _, m in bank._banked}
+    assert places == {id(m): (m._A.data_ptr(), m._A._version, m._B._version) for _, m in bank._banked.values()}
 
 
 def test_eject_gives_the_model_its_own_layers_back(build, adapter_of, logits, tokens):
@@ -127,6 +127,50 @@ def test_eject_gives_the_model_its_own_layers_back(build, adapter_of, logits, to
     bank.eject()
     assert dict(base.named_modules()) == before
     assert torch.equal(logits(base, tokens), alone)
+
+
+@pytest.mark.parametrize("names", [("linear", "dora"), ("other ranks", "linear"), ("dora on slices", "conv1d")])
+def test_adapters_come_and_go_beside_others_as_if_they_had_been_there_from_the_start(
+    build, adapter_of, logits, tokens, names
+):
+    family = SETTINGS[names[0]][0]
+    (a, model_a), (b, model_b) = adapter_of(names[0], 1), adapter_of(names[1], 2)
+    base = build(family)
+    before, alone = dict(base.named_modules()), logits(base, tokens)
+    bank, whole = AdapterBank(base, {"a": a}), build(family)
+    bank.add("b", b)
+    assert (bank.names, bank.rows) == (("a", "b"), (None,))
+    rows = ({"a": 0.5, "b": -1.0}, None, "b")
+    AdapterBank(whole, {"a": a, "b": b}).use(*rows)
+    bank.use(*rows)
+    assert torch.equal(logits(base, tokens[:1].expand(3, -1)), logits(whole, tokens[:1].expand(3, -1)))
+    bank.remove("a")
+    assert (bank.names, bank.rows, bank.num_matrices("a")) == (("b",), (None,), 0)
+    bank.use("b")
+    torch.testing.assert_close(logits(base, tokens), logits(model_b, tokens), rtol=1e-5, atol=1e-5)
+    bank.remove("b")
+    assert dict(base.named_modules()) == before
+    assert torch.equal(logits(base, tokens), alone)
+    bank.add("a", a)
+    bank.use("a")
+    torch.testing.assert_close(logits(base, tokens), logits(model_a, tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_dora_s_strength_leads_straight_from_the_base_to_the_adapter(build, adapter_of, tokens):
+    """W0 + s·(W' − W0), which a strength on B·A alone would not be: its magnitude stands at 0, too."""
+    a, model = adapter_of("dora", 1)
+    base = build("llama")
+    bank = AdapterBank(base, {"a": a})
+    path = "model.layers.0.self_attn.q_proj"
+    x = torch.randn(1, 3, base.get_submodule(path).in_features)
+    at = {}
+    for value in (0.0, 0.25, 1.0, 2.0):
+        bank.use({"a": value})
+        at[value] = base.get_submodule(path)(x)
+    assert torch.equal(at[0.0], base.get_submodule(path).base_layer(x))
+    torch.testing.assert_close(at[1.0], model.get_submodule(path)(x), rtol=1e-5, atol=1e-5)
+    for value in (0.25, 2.0):
+        torch.testing.assert_close(at[value], torch.lerp(at[0.0], at[1.0], value), rtol=1e-5, atol=1e-5)
 
 
 def test_an_embedding_that_is_also_the_head_stays_the_head(build, adapter_of, logits, tokens):
@@ -180,6 +224,23 @@ def test_parameters_trained_in_full_are_refused(build):
     inject(model, LoRAConfig(r=2, modules_to_save=("lm_head",)))
     with pytest.raises(LoRAError, match="with parameters trained in full"):
         AdapterBank(build("llama"), {"a": Adapter.from_model(model)})
+
+
+def test_what_cannot_come_beside_others_is_refused_and_the_bank_left_as_it_was(build, adapter_of, logits, tokens):
+    (a, _), (wrong, _) = adapter_of("linear", 1), adapter_of("conv1d", 1)
+    base = build("llama")
+    bank = AdapterBank(base, {"a": a})
+    bank.use("a")
+    before, found = dict(base.named_modules()), logits(base, tokens)
+    with pytest.raises(LoRAError, match=r"`name` \(='a'\) must be new to the bank; remove that adapter first\."):
+        bank.add("a", a)
+    with pytest.raises(AdapterFileError, match="must fit the model"):
+        bank.add("b", wrong)
+    with pytest.raises(LoRAError, match=r"`name` \(='b'\) must be of the bank: a\."):
+        bank.remove("b")
+    assert bank.names == bank.rows == ("a",)
+    assert dict(base.named_modules()) == before
+    assert torch.equal(logits(base, tokens), found)
 
 
 def test_experts_are_refused(build):
