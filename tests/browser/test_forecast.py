@@ -34,7 +34,7 @@ def test_what_a_run_will_take_follows_the_form_is_made_to_fit_and_is_measured(br
     page.wait_for_function(
         "total => document.querySelector('#forecast .who b').innerText !== total", arg=total, timeout=WAIT
     )
-    page.locator("#free-memory input").fill("0.8")
+    page.locator("#free-memory input").fill("1.1")
     wait_for("#forecast", "It does not fit")
     page.locator("#fit").click()
     wait_for("#fitting", "Click one to fill it in")

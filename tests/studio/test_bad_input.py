@@ -378,7 +378,7 @@ CASES = {
     "EBCDIC": Case("rows.csv", encoded("cp500"), r"`rows\.csv`, line 1: byte \d+ is not UTF-8; save it as UTF-8"),
     "a spreadsheet called CSV": Case("rows.csv", content(b"PK\x03\x04\x14\0\x06\0"), "is not a text file"),
     "rows cut within a character": Case(
-        "rows.txt", content("日本".encode()[:-1]), r"`rows\.txt`, line 1: byte 4 is not UTF-8"
+        "rows.txt", content("日本".encode()[:-1]), r"`rows\.txt`, line 1, field `text`: byte 4 is not UTF-8"
     ),
     "rows cut": Case("rows.json", cut(0.7), r"`rows\.json`, line 1: is not valid JSON \(.*\); correct that place"),
     "no columns": Case("rows.jsonl", content("{}\n" * 9), r"`rows\.jsonl` has no columns; give each row"),

@@ -103,7 +103,7 @@ def test_a_run_goes_from_reading_the_data_to_an_adapter(work, spec, tiny_folder,
     assert told[told.index("Started") :] == (
         ["Started", "Evaluated"]
         + ["Step", "Step", "Evaluated", "Checkpointed"]  # the best so far, and so is the next
-        + ["Step", "Step", "Evaluated", "Checkpointed", "Finished"]
+        + ["Step", "SpectrumMeasured", "Step", "Evaluated", "Checkpointed", "Finished"]
     )
     assert set(told[: told.index("Started")]) == {"Noted"}
     notes = [note.message for note in run.log.notes]

@@ -278,9 +278,8 @@ def test_the_tab_has_a_place_for_each_part_of_the_view():
     def within(block) -> list:
         return [block, *(one for child in getattr(block, "children", []) for one in within(child))]
 
-    places = [
-        block.value for block in within(tab.form.widgets[0].parent.parent.parent.parent) if isinstance(block, gr.HTML)
-    ]
+    around = tab.form.widgets[0].parent.parent.parent.parent
+    places = [block.value or "" for block in within(around) if isinstance(block, gr.HTML)]
     assert all(any(f'id="{name}"' in place for place in places) for name in train_tab.view(None))
 
 
