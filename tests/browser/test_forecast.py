@@ -1,10 +1,13 @@
 """What a run will take, in a real browser: the bars follow the form, a proposal fills it, a probe measures it."""
 
+import pytest
+
 from tests.browser.test_journey import open_tab
 
 WAIT = 240_000  # milliseconds, on a busy machine
 
 
+@pytest.mark.slow
 def test_what_a_run_will_take_follows_the_form_is_made_to_fit_and_is_measured(browser, server):
     page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
     errors = []

@@ -79,7 +79,7 @@ def wait_for_a_step(run: Run, since: float, child: "subprocess.Popen[bytes]") ->
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("num_kills", [4, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [2, pytest.param(60, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_cost_nothing(num_kills, workspace, spec):
     runs = Runs(workspace)
     whole = runs.create(spec)
