@@ -164,7 +164,7 @@ def test_a_cut_of_an_adapter_on_the_starter_model_is_measured(workspace):
     generator = torch.Generator().manual_seed(0)
     whole = Adapter.from_model(model, base_model="starter")
     factors = {
-        path: replace(f, B=0.02 * torch.randn(f.B.shape, generator=generator)) for path, f in whole.factors.items()
+        path: replace(f, B=0.1 * torch.randn(f.B.shape, generator=generator)) for path, f in whole.factors.items()
     }
     whole = replace(whole, factors=factors)
     rows = DataSpec(source="starter:tickets", layout="pair", prompt="request", completion="ticket")
