@@ -114,8 +114,8 @@ def forecast_memory(
     gradients = sum(_bytes(p) for p in trained)
     in_buckets = gradients if num_devices > 1 and own_parts == 1 else 0
     moments = 2 * moments_dtype.itemsize * sum(p.numel() for p in trained)
-    activations, reach = _activations(model, train)
-    holes = max(0, reach - activations) if on_heap else 0
+    activations, reach = _activations(model, train, on_heap=on_heap)
+    holes = max(0, reach - activations)
     choosing = _choosing(model) if lora is not None else 0  # over before there are gradients and moments
     return MemoryForecast(
         weights=_weights_bytes(model, sizes, num_parts),
@@ -166,7 +166,7 @@ def _choosing(model: nn.Module) -> int:
     return max(peak, held)
 
 
-def _activations(model: nn.Module, train: TrainConfig) -> tuple[int, int]:
+def _activations(model: nn.Module, train: TrainConfig, *, on_heap: bool) -> tuple[int, int]:
     """Returns the peak of a step's activations, from as few of the model's blocks as tell it, and the heap's reach."""
     found = _alike(model)
     if found is not None:
@@ -178,17 +178,17 @@ def _activations(model: nn.Module, train: TrainConfig) -> tuple[int, int]:
                 break
             try:
                 (kept, peak, reach), (kept_more, peak_more, reach_more) = (
-                    _step(with_first(model, [members], n), train) for n in (few, few + period)
+                    _step(with_first(model, [members], n), train, heap=on_heap) for n in (few, few + period)
                 )
             except (IndexError, KeyError, ValueError, AttributeError):  # it wants all of its blocks
                 break
             if peak_more - peak == kept_more - kept:
                 more = (num - few) // period
                 return peak + more * (peak_more - peak), reach + more * (reach_more - reach)
-    return _step(copy.deepcopy(model), train)[1:]
+    return _step(copy.deepcopy(model), train, heap=on_heap)[1:]
 
 
-def _step(model: Any, train: TrainConfig) -> tuple[int, int, int]:
+def _step(model: Any, train: TrainConfig, *, heap: bool) -> tuple[int, int, int]:
     """Takes a step without values with a model, which it uses up.
 
     Returns:
@@ -207,12 +207,12 @@ def _step(model: Any, train: TrainConfig) -> tuple[int, int, int]:
             logits, seen = of_head(model, {"input_ids": ids[:1, :2]})
         way = Way(skips_head=seen is logits)
         positions = torch.arange(ids.numel()).view(ids.shape)[:, :-1].flatten()
-        live = _Live()
+        live = _Live(Heap() if heap else None)
         with live:
             loss = losses_at(model, {"input_ids": ids}, positions, ids[:, 1:].flatten(), way).sum()
             kept = live.bytes
             loss.backward()
-    return kept, live.peak_bytes, live.heap.peak_bytes
+    return kept, live.peak_bytes, live.heap.peak_bytes if live.heap else 0
 
 
 def _alike(model: nn.Module) -> tuple[nn.ModuleList, int, int] | None:
@@ -253,13 +253,13 @@ class _Live(TorchDispatchMode):
     Attributes:
         bytes: Now.
         peak_bytes: At most so far.
-        heap: Where they would lie.
+        heap: Where they would lie, where that is asked for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heap: Heap | None) -> None:
         super().__init__()
         self.bytes = self.peak_bytes = 0
-        self.heap = Heap()
+        self.heap = heap
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -281,12 +281,12 @@ class _Live(TorchDispatchMode):
         self._known.add(key)
         self.bytes += size
         self.peak_bytes = max(self.peak_bytes, self.bytes)
-        weakref.finalize(storage, self._gone, key, size, self.heap.take(size) if size else (0, 0))
+        weakref.finalize(storage, self._gone, key, size, self.heap.take(size) if self.heap and size else None)
 
-    def _gone(self, key: int, size: int, place: tuple[int, int]) -> None:
+    def _gone(self, key: int, size: int, place: tuple[int, int] | None) -> None:
         self._known.discard(key)
         self.bytes -= size
-        if size:
+        if self.heap and place:
             self.heap.give(*place)
 
 

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_spec(plan, nargs="?")
     commands_for_runs(command)
     analysis.add_commands(command)
-    home_commands.add_commands(command)
+    home_commands.add_commands(of_runs(command))
     api = command("serve-api", _serve_api, "Serve adapters to OpenAI's clients, on this machine only.")
     api.add_argument(
         "adapters", metavar="ADAPTER", nargs="+", help="a run's id, or how it begins, or a folder; NAME=… names it"
@@ -126,8 +126,8 @@ def _add_spec(parser: argparse.ArgumentParser, nargs: str | None = None) -> None
             group.add_argument(f"--{s.name.replace('_', '-')}", metavar=metavar, help=s.help.replace("%", "%%"))
 
 
-def commands_for_runs(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds the commands that list and steer runs; all of them take --json."""
+def of_runs(command: Callable[..., argparse.ArgumentParser]) -> Callable[..., argparse.ArgumentParser]:
+    """Returns what adds a command of a run, `RUN`, or of all with `of_run` unset; each takes --json."""
 
     def add(name: str, run: Callable[..., int], help: str, *, of_run: bool = True) -> argparse.ArgumentParser:
         sub = command(name, run, help)
@@ -136,6 +136,12 @@ def commands_for_runs(command: Callable[..., argparse.ArgumentParser]) -> None:
             sub.add_argument("run_id", metavar="RUN", help="a run's id, or how it begins")
         return sub
 
+    return add
+
+
+def commands_for_runs(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds the commands that list and steer runs; all of them take --json."""
+    add = of_runs(command)
     add("runs", _runs, "List all runs, the newest first.", of_run=False)
     pause = add("pause", _end, "Save everything and free the memory after the step at hand; resume goes on from there.")
     pause.set_defaults(reason="paused")

@@ -18,7 +18,6 @@ from core import (
     amplification,
     compare,
     intruder_dimensions,
-    matrix_at,
     quoted,
     random_sigma,
     spectra,
@@ -168,6 +167,7 @@ def beside_weights(
         LoRAError: The adapter does not fit the model.
     """
     from studio import models
+    from studio.opened import read_matrix
 
     model = models.skeleton(base, workspace)
     adapter.check_fit(model)
@@ -175,8 +175,7 @@ def beside_weights(
     doing = f"Comparing with the weights of {base}" + ", singular vectors and all" * intruders
     for path, f in told(adapter.factors.items(), len(adapter.factors), doing):
         try:
-            holder, as_matrix = matrix_at(model, path)
-            W = as_matrix(models.read_weight(base, workspace, holder))
+            W = read_matrix(base, workspace, path, model)
             seen = amplification(found[path], W)
             size = seen.weight_norm if seen else float(W.double().norm())
             rows[path] = {"weight_norm": size, "relative_norm": found[path].norm / size if size else None}

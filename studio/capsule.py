@@ -14,6 +14,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ _PARTS = re.compile(
 )
 _NEEDED = ("spec.json", "events.jsonl")
 _LIBRARIES = ("torch", "transformers", "numpy", "safetensors", "lora-studio")
+
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError)
+"""What reading a damaged zip raises; RuntimeError where a part is encrypted or packed in a way that is not known."""
 
 
 def write(run: Run, file: Path) -> Path:
@@ -92,7 +96,7 @@ def read(file: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(file) as packed:
             return _checked(packed, file)
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise _refusal(file, str(error) or type(error).__name__) from error
 
 
@@ -126,7 +130,7 @@ def restore(runs: Runs, file: Path, check: Callable[[RunSpec], None] = lambda sp
         scratch.chmod(0o755)
         scratch.rename(target / run_id)
         return runs.get(run_id)
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise _refusal(file, str(error) or type(error).__name__) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

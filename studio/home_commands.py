@@ -11,16 +11,8 @@ from studio.runs import Run, Runs
 from studio.workspace import Workspace
 
 
-def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Adds them, by the function that adds one to the parser; all take --json."""
-
-    def add(name: str, run: Callable[..., int], help: str, *, of_run: bool = True) -> argparse.ArgumentParser:
-        sub = command(name, run, help)
-        sub.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
-        if of_run:
-            sub.add_argument("run_id", metavar="RUN", help="a run's id, or how it begins")
-        return sub
-
+def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Adds them, by the function that adds a command of a run to the parser."""
     export = add("export", _export, "Write a run's adapter, or the merged model, for other tools; checked, then whole.")
     export.add_argument("out", metavar="OUT", type=Path, help="the folder, or the .gguf file, to write")
     export.add_argument(

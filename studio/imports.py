@@ -98,7 +98,7 @@ def _folder_of(path: Path) -> Iterator[Path]:
                 with packed.open(found[0]) as source, (scratch / name).open("wb") as target:
                     shutil.copyfileobj(source, target)  # no more than the size that it says: zipfile ends there
         yield scratch
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except capsule.UNREADABLE as error:
         raise LoRAError(f"`PATH` (={path.name!r}) must be a whole zip file ({error}); fetch it again.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
