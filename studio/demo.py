@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from core import Adapter, LoRAConfig, TrainConfig, random_sigma, spectrum
+from core import Adapter, LoRAConfig, TrainConfig, random_sigma, spectra
 from studio import data, figures, jobs, models
 from studio.chat import Engine
 from studio.panes import Pane
@@ -65,7 +65,7 @@ def _show_answers(run: Run, workspace: Workspace, rows: list[data.Row], tokenize
 
 def _write_figures(run: Run) -> list[Path]:
     adapter = Adapter.load(run.adapter_folder)
-    spectra = {path: spectrum(f) for path, f in adapter.factors.items()}
+    found = spectra(adapter.factors)
     log = run.log
     drawn = {
         "loss": figures.loss_figure(
@@ -75,10 +75,10 @@ def _write_figures(run: Run) -> list[Path]:
             [e.loss for e in log.evaluations],
         ),
         "effective-rank": figures.heat_figure(
-            {path: s.effective_rank for path, s in spectra.items()}, title="Effective rank of ΔW", unit="directions"
+            {path: s.effective_rank for path, s in found.items()}, title="Effective rank of ΔW", unit="directions"
         ),
         "spectra": figures.profile_figure(
-            {path: s.sigma.tolist() for path, s in spectra.items()},
+            {path: s.sigma.tolist() for path, s in found.items()},
             title="σ of ΔW",
             chance={path: random_sigma(f).tolist() for path, f in adapter.factors.items()},
         ),

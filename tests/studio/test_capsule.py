@@ -234,9 +234,17 @@ def test_what_cannot_be_imported_is_refused(run, file, workspace, tmp_path):
     runs = Runs(workspace)
     (tmp_path / "cut.zip").write_bytes(file.read_bytes()[:-200])
     packed(tmp_path / "none.zip", {"README.md": b""})
+    with zipfile.ZipFile(tmp_path / "spoilt.zip", "w", zipfile.ZIP_DEFLATED) as spoilt:
+        for path in run.adapter_folder.iterdir():
+            spoilt.write(path, path.name)
+        begin = spoilt.getinfo("adapter_config.json").header_offset + 30 + len("adapter_config.json")
+    content = bytearray((tmp_path / "spoilt.zip").read_bytes())
+    content[begin : begin + 40] = b"\xff" * 40  # no stream that can be unpacked
+    (tmp_path / "spoilt.zip").write_bytes(content)
     for name, words in (
         ("nowhere", "must be a folder or file that exists"),
         ("cut.zip", "must be a whole zip file"),
+        ("spoilt.zip", "must be a whole zip file"),
         ("none.zip", "must be a zip with one adapter_model.safetensors; it has 0"),
     ):
         with pytest.raises(LoRAError, match=words):
