@@ -263,7 +263,8 @@ class EventWriter:
         # Half a line that a crash left would spoil the next one.
         size = os.fstat(self._fd).st_size
         tail = os.pread(self._fd, _MAX_LINE_BYTES, max(0, size - _MAX_LINE_BYTES))
-        os.ftruncate(self._fd, size - len(tail) + tail.rfind(b"\n") + 1)
+        if not tail.endswith(b"\n"):  # whole lines are left alone: another may be writing its own behind them
+            os.ftruncate(self._fd, size - len(tail) + tail.rfind(b"\n") + 1)
 
     def write(self, event: Event) -> None:
         """Appends `event` with the time; it is on the disk before the next is written, but for steps and spectra."""

@@ -195,9 +195,10 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
             return gr.skip(), gr.skip(), gr.skip(), theme.said(str(error), "error")
         ranks = _ranks(studio, model_name, config)
         state = grid.state(grid_cells, model_name, ranks, config.r, config.dora)
-        by_pattern = (text or "").strip()
-        ticks, title = (grid.full_columns(grid_cells, ranks), CHOOSE) if by_pattern else (gr.skip(), gr.skip())
-        return state, ticks, title, cost_of(model_name, config)
+        ticks = grid.full_columns(grid_cells, ranks) if (text or "").strip() else ticked
+        # What is as it was is not sent: an answer that comes late would take back a tick that was set meanwhile.
+        new_ticks = gr.skip() if set(ticks) == set(ticked) else ticks
+        return state, new_ticks, CHOOSE if (text or "").strip() else gr.skip(), cost_of(model_name, config)
 
     def represent(ranks: grid.Ranks, *values: Any) -> tuple[Any, ...]:
         """Returns the values of `choice`, and the cost, for a choice of matrices."""

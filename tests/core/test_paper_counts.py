@@ -74,26 +74,21 @@ def test_the_paper_s_counts_come_out_planned_and_injected_without_a_weight(make,
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
-def test_a_model_of_gpt_3_s_shape_is_counted_in_five_seconds_and_two_gigabytes():
-    """In a process of its own, as memory has one peak in a process; what is imported counts for memory, not for time.
-
-    Time is that of the processor, so that what else the machine does is not held against it.
-    """
+def test_a_model_of_gpt_3_s_shape_is_counted_in_two_gigabytes():
+    """In a process of its own, as memory has one peak in a process."""
     code = """
-import json, time, torch
+import json, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from core import LoRAConfig, peak_memory_bytes, plan
-begin = time.process_time()
 with torch.device("meta"):
     model = GPT2LMHeadModel(GPT2Config(n_embd=12288, n_layer=96, n_head=96))
 found = plan(model, LoRAConfig(r=8, target_modules=("c_attn.q", "c_attn.v")))
-seconds = time.process_time() - begin
-print(json.dumps([found.num_trainable, found.num_parameters, seconds, peak_memory_bytes(torch.device("cpu"))]))
+print(json.dumps([found.num_trainable, found.num_parameters, peak_memory_bytes(torch.device("cpu"))]))
 """
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    trainable, parameters, seconds, peak = json.loads(told)
+    trainable, parameters, peak = json.loads(told)
     assert trainable == 37_748_736 and 174e9 < parameters < 176e9
-    assert seconds < 5 and peak < 2e9
+    assert peak < 2e9
 
 
 def test_the_paper_s_memory_for_gpt_3_comes_out():

@@ -217,6 +217,21 @@ def test_lines_of_two_writers_at_once_stay_whole(workspace):
     assert sorted(event.step for event in run.log.refresh()) == list(range(800))
 
 
+def test_a_writer_that_is_opened_cuts_off_no_line_that_another_writes_meanwhile(workspace, monkeypatch):
+    run = Runs(workspace).create(RunSpec())
+    first, read = EventWriter(run.log), os.pread
+
+    def read_as_the_other_writes(*place):
+        found = read(*place)
+        first.write(step(1))
+        return found
+
+    first.write(step(0))
+    monkeypatch.setattr(os, "pread", read_as_the_other_writes)
+    EventWriter(run.log).close()
+    assert [event.step for event in run.log.refresh()] == [0, 1]
+
+
 FILL_THE_DISK = """
 import resource, sys
 from pathlib import Path
