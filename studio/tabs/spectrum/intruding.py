@@ -140,9 +140,11 @@ def build(frame: Frame, tab: Any) -> None:
         "forgetting, another finds no more than the size of ΔW behind it. So look at the control, too."
     )
     with gr.Row():
-        k = gr.Slider(2, 64, value=10, step=1, label="k, strongest directions of W + ΔW", elem_id="intruder-k")
+        k = gr.Slider(
+            2, 64, value=10, step=1, label="k, strongest directions of W + ΔW", elem_id="intruder-k", min_width=260
+        )
         threshold = gr.Slider(
-            0.05, 0.95, value=0.5, step=0.05, label="Threshold of |cos|, below which one is an intruder"
+            0.05, 0.95, value=0.5, step=0.05, label="Threshold of |cos|, below which one is an intruder", min_width=260
         )
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):

@@ -162,7 +162,12 @@ def build(frame: Frame, tab: Any) -> None:
             losses = gr.HTML(elem_id="cut-losses")
             with gr.Row(elem_id="cut-keep"):
                 name = gr.Textbox(
-                    label="Save it as", placeholder="A name of its own", max_lines=1, elem_id="cut-name", scale=3
+                    label="Save it as",
+                    placeholder="A name of its own",
+                    max_lines=1,
+                    elem_id="cut-name",
+                    scale=3,
+                    min_width=200,
                 )
                 save = gr.Button("Save as a new adapter", size="sm", elem_id="cut-save", scale=2, min_width=150)
             saved = gr.HTML(elem_id="cut-saved")

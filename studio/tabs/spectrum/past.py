@@ -19,8 +19,11 @@ _SLIDER = """
 const stops = () => JSON.parse(element.querySelector('input')?.dataset.stops || '[]');
 const mark = () => {
     const range = element.querySelector('input'), svg = document.querySelector('#past-plot svg');
-    if (!range || !svg || !stops().length) return;
-    const [step, x, top, bottom] = stops()[range.value];
+    if (!range || !stops().length) return;
+    const [step, x, top, bottom] = stops()[range.value], output = element.querySelector('output');
+    if (output.textContent !== `step ${step}`) output.textContent = `step ${step}`;
+    range.setAttribute('aria-valuetext', `step ${step}`);
+    if (!svg) return;
     let line = svg.querySelector('.mark');
     if (!line) {
         line = document.createElementNS('http://www.w3.org/2000/svg', 'line');
@@ -28,8 +31,6 @@ const mark = () => {
         svg.append(line);
     }
     for (const [name, value] of Object.entries({x1: x, x2: x, y1: top, y2: bottom})) line.setAttribute(name, value);
-    range.setAttribute('aria-valuetext', `step ${step}`);
-    element.querySelector('output').textContent = `step ${step}`;
 };
 let rest;
 element.addEventListener('input', () => {
@@ -37,7 +38,8 @@ element.addEventListener('input', () => {
     clearTimeout(rest);
     rest = setTimeout(() => trigger('input', {place: Number(element.querySelector('input').value)}), 120);
 });
-new MutationObserver(mark).observe(document.querySelector('#past-plot'), {childList: true, subtree: true});
+for (const drawn of [element, document.querySelector('#past-plot')])
+    new MutationObserver(mark).observe(drawn, {childList: true, subtree: true, attributeFilter: ['data-stops']});
 """
 """The line in the charts follows the thumb at once; the numbers follow when it rests and the server has answered."""
 
