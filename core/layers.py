@@ -300,11 +300,18 @@ class LoRALinear(LoRALayer):
         )
 
     def _lean(self, x: Tensor) -> Tensor:
-        h = self._modules["base_layer"](x)  # type: ignore[misc]
-        A, B = self._parameters["lora_A"], self._parameters["lora_B"]
-        low = F.linear(x, A.to(x.dtype)).to(h.dtype)  # type: ignore[union-attr]
-        rows, scale = h.reshape(-1, self.out_features), self._strength * self.scaling
-        return torch.addmm(rows, low.view(-1, self.r), B.to(h.dtype).t(), alpha=scale).view(h.shape)  # type: ignore[union-attr]
+        parameters: dict[str, Any] = self._parameters
+        base, A, B = self._modules["base_layer"], parameters["lora_A"], parameters["lora_B"]
+        scale = self._strength * self.scaling
+        rows = x.reshape(-1, x.shape[-1])
+        if type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks):
+            h = F.linear(rows, base.weight, base.bias)
+            if h.dtype == B.dtype:  # nobody else has h: the update is added in its place
+                return h.addmm_(F.linear(rows, A), B.t(), alpha=scale).view(*x.shape[:-1], h.shape[-1])
+        else:
+            h = base(x)  # type: ignore[misc]
+        low, all_rows = F.linear(rows, A.to(x.dtype)).to(h.dtype), h.reshape(-1, h.shape[-1])
+        return torch.addmm(all_rows, low, B.to(h.dtype).t(), alpha=scale).view(*x.shape[:-1], h.shape[-1])
 
     def _layout(self) -> Layout:
         return Layout(transposed=self.transposed)
