@@ -1,50 +1,39 @@
-"""Exports that go on behind the page: each in a process of its own, which outlives the page and the studio.
+"""Exports that go on behind the page: each is background work whose folder lies in its run's `exports`.
 
-An export is a folder in its run's `exports`, named after what is made:
-job.json         what was asked for
-progress.jsonl   what is being done, a line each, and how it ended
-lock             held by its process as long as it lives; holds the number of its process group
-result/          the folder or file itself, once it is whole
+Beside what all background work has, `result/` is the folder or file that was made, once it is whole.
 """
 
-import argparse
-import fcntl
-import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from core import LoRAError, Noted, is_of_memory, read_json
-from studio import capsule
+from core import LoRAError, Noted
+from studio import background, capsule
 from studio.certificate import Report
 from studio.checkpoints import share_file
 from studio.export import CERTIFICATE_FILE, Choice, RefusedError, make
-from studio.jobs import ENVIRONMENT
-from studio.runs import Run, is_held
-from studio.workspace import Workspace, write_whole
-
-_children: list[subprocess.Popen[bytes]] = []
+from studio.runs import Run
+from studio.workspace import Workspace
 
 
-class Job:
-    """One export's folder."""
+class Job(background.Background):
+    """One export's folder; its status may be refused, too: the certificate is red."""
+
+    noun = "export"
 
     def __init__(self, run: Run, folder: Path) -> None:
-        self.run, self.folder = run, folder
+        super().__init__(folder)
+        self.run = run
 
     @property
     def choice(self) -> Choice:
         """What was asked for."""
-        return Choice(**read_json(self.folder / "job.json"))
+        return Choice(**self.asked)
 
     @property
     def result(self) -> Path | None:
@@ -52,48 +41,15 @@ class Job:
         found = [path for path in (self.folder / "result").glob("[!.]*") if not path.name.endswith(CERTIFICATE_FILE)]
         return found[0] if found and not self.is_running() else None
 
-    def is_running(self) -> bool:
-        """Says whether its process lives."""
-        return is_held(self.folder / "lock")
-
-    def lines(self) -> list[dict[str, Any]]:
-        """Returns what its process said so far."""
-        try:
-            text = (self.folder / "progress.jsonl").read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-
-    @property
-    def status(self) -> str:
-        """One of running, done, refused (the certificate is red), failed, cancelled, interrupted."""
-        running = self.is_running()  # asked first: an end that is written meanwhile is then seen below
-        last = (self.lines() or [{}])[-1]
-        return "running" if running else last.get("end", "interrupted")
-
     @property
     def report(self) -> Report | None:
         """The certificate, as far as it was made."""
         found = [line["report"] for line in self.lines() if "report" in line]
         return Report.from_dict(found[-1]) if found else None
 
-    def cancel(self, patience_seconds: float = 10.0) -> None:
-        """Ends it at once; it leaves nothing that counts as whole.
-
-        Raises:
-            LoRAError: Its processes could not be ended in time.
-        """
-        end, was_running = time.monotonic() + patience_seconds, False
-        while self.is_running():
-            was_running = True
-            with suppress(OSError, ValueError):  # it has just gone, or has not said its number yet
-                os.killpg(int((self.folder / "lock").read_text()), signal.SIGKILL)
-            if time.monotonic() > end:
-                raise LoRAError(f"The export in {self.folder} could not be ended; end its processes by hand.")
-            time.sleep(0.02)
-        if was_running:
-            shutil.rmtree(self.folder / "result", ignore_errors=True)  # what it had half written
-            _say(self.folder, {"end": "cancelled"})
+    def clear(self) -> None:
+        """Takes away what was made, or half made."""
+        shutil.rmtree(self.folder / "result", ignore_errors=True)
 
 
 def jobs_of(run: Run) -> list[Job]:
@@ -110,37 +66,9 @@ def start(run: Run, choice: Choice) -> Job:
     """
     if not run.has_adapter:
         raise LoRAError(f"Run {run.id} has no adapter yet; it is saved at the first evaluation and at the end.")
-    folder = run.folder / "exports" / "-".join(filter(None, (choice.kind, choice.dtype)))
-    _children[:] = [child for child in _children if child.poll() is None]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise LoRAError("This export is going on already; watch it, or cancel it first.") from None
-            shutil.rmtree(folder / "result", ignore_errors=True)
-            (folder / "progress.jsonl").unlink(missing_ok=True)
-            write_whole(folder / "job.json", json.dumps(asdict(choice)).encode())
-            with (folder / "worker.log").open("wb") as log:
-                child = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "studio.export_jobs", str(folder), "--lock-fd", str(lock)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    pass_fds=(lock,),
-                    env={**ENVIRONMENT, **os.environ},
-                )
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, str(child.pid).encode(), 0)
-            _children.append(child)
-        finally:
-            os.close(lock)  # its process holds it from now on
-    except OSError as error:
-        raise LoRAError(f"{folder} could not be written ({error.strerror}); free some space.") from error
-    return Job(run, folder)
+    job = Job(run, run.folder / "exports" / "-".join(filter(None, (choice.kind, choice.dtype))))
+    job.start("studio.export_jobs", asdict(choice))
+    return job
 
 
 def pack(job: Job, downloads: Path) -> Path:
@@ -168,40 +96,24 @@ def pack(job: Job, downloads: Path) -> Path:
     return target
 
 
-def _say(folder: Path, line: dict[str, Any]) -> None:
-    with (folder / "progress.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+def _make(job: Job) -> Iterator[background.Line]:
+    run, choice = job.run, job.choice
+    short = re.sub(r"^\d{8}-\d{6}-", "", run.id)
+    name = f"{short}.gguf" if choice.is_file else f"{short}-{choice.kind}"
+    try:
+        for said in make(run, Workspace(run.workspace_root), choice, job.folder / "result" / name):
+            if isinstance(said, Noted):
+                yield {"note": said.message}
+            else:
+                yield {"report": said.to_dict()}
+                capsule.keep_certificate(run, said)
+    except RefusedError as error:
+        raise background.EndedError(str(error), "refused", {"report": error.report.to_dict()}) from error
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Makes one export and writes how it goes; the lock stays with this process until it ends."""
-    parser = argparse.ArgumentParser(prog="python -m studio.export_jobs", description=main.__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--lock-fd", type=int, help="the lock, which whoever started this process holds")
-    args = parser.parse_args(argv)
-    run = Run(args.folder.parent.parent)
-    job = Job(run, args.folder)
-    try:
-        choice = job.choice
-        short = re.sub(r"^\d{8}-\d{6}-", "", run.id)
-        name = f"{short}.gguf" if choice.is_file else f"{short}-{choice.kind}"
-        for said in make(run, Workspace(run.workspace_root), choice, args.folder / "result" / name):
-            if isinstance(said, Noted):
-                _say(args.folder, {"note": said.message})
-            else:
-                _say(args.folder, {"report": said.to_dict()})
-                capsule.keep_certificate(run, said)
-    except RefusedError as error:
-        _say(args.folder, {"end": "refused", "problem": str(error), "report": error.report.to_dict()})
-    except LoRAError as error:
-        _say(args.folder, {"end": "failed", "problem": str(error)})
-    except Exception as error:
-        words = "not enough memory" if is_of_memory(error) else f"an error that was not foreseen; see {args.folder}"
-        _say(args.folder, {"end": "failed", "problem": f"The export ended by {words}."})
-        raise
-    else:
-        _say(args.folder, {"end": "done"})
-    return 0
+    """Makes one export in this process."""
+    return background.work(lambda folder: Job(Run(folder.parent.parent), folder), _make, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 from core import Adapter, Finished, LoRAConfig, LoRAError, inject, lora_layers
 from studio import __main__ as cli
-from studio import capsule, certificate, export, export_jobs, gguf_export, model_card, models, reload
+from studio import background, capsule, certificate, export, export_jobs, gguf_export, model_card, models, reload
 from studio.certificate import Report
 from studio.export import Choice
 from studio.runs import Runs
@@ -107,7 +107,7 @@ def test_an_export_in_a_process_of_its_own_can_be_cancelled_and_started_again(ru
     again = export_jobs.start(run, Choice("merged", "float32"))
     assert again.status == "running"
     again.cancel()
-    for child in export_jobs._children:
+    for child in background._children:
         child.wait()
 
 
