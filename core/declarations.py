@@ -34,6 +34,7 @@ class Setting:
         above, below: Exclusive bounds, or None.
         choices: The allowed values, or None.
         advanced: True where a form should tuck it away.
+        only: Of the config's first setting, the choices under which this one means something; empty for all.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Setting:
     below: Number | None = None
     choices: tuple[str, ...] | None = None
     advanced: bool = False
+    only: tuple[str, ...] = ()
 
     def problem(self, value: Any) -> str | None:
         """Returns why `value` is not allowed, as one sentence, or None."""

@@ -60,6 +60,10 @@ def wrap(model: nn.Module, injection: Injection, *, seed: int = 0, draw: bool = 
     """
     if lora_layers(model):
         raise LoRAError("`model` must not be adapted already; call eject(model) first.")
+    if "_lora_injection" in model.__dict__:
+        raise LoRAError(
+            f"`model` must not be trained by {model.__dict__['_lora_injection'].method.method} already; load it again."
+        )
     config = injection.config
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     extras = {}
@@ -70,7 +74,7 @@ def wrap(model: nn.Module, injection: Injection, *, seed: int = 0, draw: bool = 
     model.requires_grad_(False)
     places = places_of(model)
     for t in injection.targets:
-        generator = torch.Generator().manual_seed(_seed_of(seed, t.path, t.r))
+        generator = torch.Generator().manual_seed(seed_of(seed, t.path, t.r))
         init = config.init if draw else "kaiming"
         options = {"dropout": config.dropout, "init": init, "dora": t.dora and draw, "generator": generator}
         module = _submodule(model, t.path)
@@ -244,6 +248,7 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     return places
 
 
-def _seed_of(seed: int, path: str, r: int) -> int:
+def seed_of(seed: int, path: str, r: int) -> int:
+    """Returns the seed of what is drawn for one place of a model."""
     digest = hashlib.sha256(f"{seed}/{path}/{r}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
