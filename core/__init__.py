@@ -64,7 +64,17 @@ from core.geometry import (
     similarity_null,
     subspace_similarity,
 )
-from core.inject import eject, inject, injection_of, merge, merged_copy, strength, trained_in_full, unmerge
+from core.inject import (
+    eject,
+    inject,
+    injection_of,
+    merge,
+    merged_copy,
+    method_of,
+    strength,
+    trained_in_full,
+    unmerge,
+)
 from core.intruders import Intruders, damp, intruder_dimensions, shrink
 from core.layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
 from core.losses import token_losses

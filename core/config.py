@@ -198,9 +198,9 @@ class MethodConfig(Config):
     ] = setting(
         "lora",
         "Method",
-        "What is trained: LoRA, or what its paper compares it with. All but lora leave the matrices chosen in Model "
-        "unused; spectrum, merging and export are lora's alone.",
-        choices=tuple(METHODS),
+        "LoRA, or what its paper compares it with: those leave the matrices chosen in Model unused, and have no "
+        "spectrum, no merging and no export. Full fine-tuning wants about a tenth of LoRA's learning rate.",
+        choices=METHODS,
     )
     bottleneck: int = setting(
         16,

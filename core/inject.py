@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from core.config import LoRAConfig
+from core.config import LoRAConfig, MethodConfig
 from core.errors import LoRAError
 from core.experts import LoRAExperts, stacks_of
 from core.fused import LoRAFused, rows_of
@@ -60,10 +60,8 @@ def wrap(model: nn.Module, injection: Injection, *, seed: int = 0, draw: bool = 
     """
     if lora_layers(model):
         raise LoRAError("`model` must not be adapted already; call eject(model) first.")
-    if "_lora_injection" in model.__dict__:
-        raise LoRAError(
-            f"`model` must not be trained by {model.__dict__['_lora_injection'].method.method} already; load it again."
-        )
+    if (other := method_of(model)) is not None:
+        raise LoRAError(f"`model` must not be made ready for {other.method} already; load it again.")
     config = injection.config
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     extras = {}
@@ -134,6 +132,12 @@ def injection_of(model: nn.Module) -> Injection:
     if injection is None:
         raise LoRAError("`model` must be adapted; call inject(model, LoRAConfig()) or Adapter.apply(model) first.")
     return injection
+
+
+def method_of(model: nn.Module) -> MethodConfig | None:
+    """Returns how a model is adapted, to be trained or as it was trained; None of one that is not."""
+    injection = model.__dict__.get("_lora_injection")
+    return injection.method if injection is not None else None
 
 
 def trained_in_full(model: nn.Module) -> dict[str, nn.Parameter]:

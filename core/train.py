@@ -18,7 +18,7 @@ from core.errors import ExplodedGradientError, LoRAError, NonFiniteLossError
 from core.events import Evaluated, Event, Finished, SpectrumMeasured, Started, Step
 from core.flat import Flat
 from core.grams import quick_sigma
-from core.inject import injection_of
+from core.inject import injection_of, method_of
 from core.losses import IGNORED, Batch, Losses
 from core.matrices import Factors
 from core.nonfinite import first_in_forward, first_in_gradients, first_in_weights, longest_in_gradients
@@ -150,7 +150,7 @@ class Training(Iterator[Event]):
                     block._compiled_call_impl = None
 
     def _check(self) -> None:
-        if "_lora_injection" not in self._model.__dict__:
+        if method_of(self._model) is None:
             raise LoRAError("`model` must be adapted before it is trained; call inject(model, LoRAConfig()) first.")
         if any(layer.merged for layer in lora_layers(self._model).values()):
             raise LoRAError("`model` must not be merged while it is trained; call unmerge(model) first.")

@@ -29,7 +29,7 @@ from studio.certificate import Report
 from studio.checkpoints import share_file
 from studio.export import CERTIFICATE_FILE, Choice, RefusedError, make
 from studio.jobs import ENVIRONMENT
-from studio.runs import Run, is_held
+from studio.runs import Run, is_held, no_update
 from studio.workspace import Workspace, write_whole
 
 _children: list[subprocess.Popen[bytes]] = []
@@ -110,6 +110,8 @@ def start(run: Run, choice: Choice) -> Job:
     """
     if not run.has_adapter:
         raise LoRAError(f"Run {run.id} has no adapter yet; it is saved at the first evaluation and at the end.")
+    if not run.has_lora:
+        raise LoRAError(no_update(run))
     folder = run.folder / "exports" / "-".join(filter(None, (choice.kind, choice.dtype)))
     _children[:] = [child for child in _children if child.poll() is None]
     try:

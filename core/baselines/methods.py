@@ -10,7 +10,7 @@ from core.baselines.parts import Bottleneck, Prefixed, SpecialTokens, WithAdapte
 from core.baselines.places import biases_of, embedding_of, head_of, inside, layers_of, projections
 from core.config import LoRAConfig, MethodConfig
 from core.errors import LoRAError
-from core.inject import inject, places_of, replace, seed_of
+from core.inject import inject, method_of, places_of, replace, seed_of
 from core.matrices import matrix_shape
 from core.targets import Injection, count_parameters, plan, saved_parameters
 
@@ -65,7 +65,7 @@ def apply_method(model: nn.Module, method: MethodConfig, lora: LoRAConfig | None
     lora = lora or LoRAConfig()
     if method.method == "lora":
         return inject(model, lora, seed=seed)
-    if "_lora_injection" in model.__dict__:
+    if method_of(model) is not None:
         raise LoRAError("`model` must not be adapted already; load it again, or call eject(model) first.")
     change = _change(model, method)
     injection = _planned(model, method, lora, change)

@@ -165,11 +165,12 @@ class WithPrefix(StandIn):
             sigma = weight.detach().float().std().item()
             prefix = (sigma * torch.randn(shape, generator=generator)).to(device)
         self.prefix = nn.Parameter(prefix)
+        self._first = base_layer.num_embeddings
         self._at: tuple[Tensor, Tensor] | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         """Returns (batch, seq, d) for (batch, seq) numbers of tokens."""
-        number = ids - self.base_layer.num_embeddings
+        number = ids - self._first
         is_special = (number >= 0).unsqueeze(-1)
         self._at = is_special, number.clamp_min(0)
         return self.put(self.base_layer(ids.masked_fill(number >= 0, 0)), 0)
