@@ -4,10 +4,13 @@ from core.adapter import Adapter
 from core.algebra import Truncation, difference, distance, equal, inner_product, norm, truncate, weighted_sum
 from core.attention import Segments, SegmentsError, causal_attention
 from core.bank import AdapterBank
+from core.baselines.methods import apply_method, plan_method
+from core.baselines.parts import SpecialTokens, special_tokens_of
+from core.baselines.saved import Baseline, load_trained, trained_of
 from core.certificate import Certificate, certify
 from core.checkpoint import Checkpoint
 from core.comparison import Comparison, MatrixComparison, Overlap, compare
-from core.config import ALL_LINEAR, LoRAConfig, TrainConfig
+from core.config import ALL_LINEAR, METHODS, LoRAConfig, MethodConfig, TrainConfig
 from core.declarations import Config, Setting, read_json, setting, settings
 from core.devices import (
     FRAMEWORK_BYTES,
@@ -61,7 +64,17 @@ from core.geometry import (
     similarity_null,
     subspace_similarity,
 )
-from core.inject import eject, inject, injection_of, merge, merged_copy, strength, trained_in_full, unmerge
+from core.inject import (
+    eject,
+    inject,
+    injection_of,
+    merge,
+    merged_copy,
+    method_of,
+    strength,
+    trained_in_full,
+    unmerge,
+)
 from core.intruders import Intruders, damp, intruder_dimensions, shrink
 from core.layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
 from core.losses import token_losses

@@ -65,10 +65,15 @@ class Adapter:
         true update, B·A − B0·A0, of rank 2r: it fits the base model as it is, here and everywhere.
 
         Raises:
-            LoRAError: The model is not adapted.
+            LoRAError: The model is not adapted, or by another method.
         """
-        config = injection_of(model).config
-        layers = lora_layers(model)
+        injection = injection_of(model)
+        if injection.method.method != "lora":
+            raise LoRAError(
+                f"`model` must be adapted by lora to have an adapter; {injection.method.method} has none: "
+                "use Baseline.from_model(model)."
+            )
+        config, layers = injection.config, lora_layers(model)
         factors = {
             path: Factors(f.A.to("cpu", copy=True), f.B.to("cpu", copy=True), f.scaling, f.layout)
             for path, layer in layers.items()

@@ -7,7 +7,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -32,8 +32,9 @@ class Setting:
         help: One or two plain sentences: what it does, its usual range.
         minimum, maximum: Inclusive bounds, or None.
         above, below: Exclusive bounds, or None.
-        choices: The allowed values, or None.
+        choices: The allowed values, or None; a table of value → title where people call them otherwise.
         advanced: True where a form should tuck it away.
+        only: Of the config's first setting, the choices under which this one means something; empty for all.
     """
 
     name: str
@@ -45,8 +46,9 @@ class Setting:
     maximum: Number | None = None
     above: Number | None = None
     below: Number | None = None
-    choices: tuple[str, ...] | None = None
+    choices: Collection[str] | None = None
     advanced: bool = False
+    only: tuple[str, ...] = ()
 
     def problem(self, value: Any) -> str | None:
         """Returns why `value` is not allowed, as one sentence, or None."""

@@ -31,6 +31,8 @@ from core.packing import (
 from core.pairs import PREFIX, WEIGHTS_FILE, Sorted, not_lora, read_tensors, sort_tensors
 
 CONFIG_FILE = "adapter_config.json"
+METHOD_KEY = "lora_studio_method"
+"""Stands in the settings of what another method than LoRA has learned (`core.baselines`)."""
 _UNDERSTOOD = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("bias", "init_lora_weights", "base_model_name_or_path", "use_dora", "modules_to_save", "target_parameters"),
@@ -81,11 +83,21 @@ def write(folder: Path, contents: Contents) -> None:
         tensors[f"{PREFIX}{path}.base_layer.{attribute}" if path in joined else PREFIX + name] = tensor.contiguous()
     notes = {"lora_config": contents.config.to_dict(), "lora_slices": slices, "lora_experts": experts}
     metadata = {"format": "pt"} | {name: json.dumps(note) for name, note in notes.items()}
-    settings = _peft_config(contents, joined)
+    write_both(folder, tensors, metadata, _peft_config(contents, joined))
+
+
+def write_both(
+    folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], settings: Mapping[str, Any]
+) -> None:
+    """Writes the tensors and the settings, each file whole or not at all.
+
+    Raises:
+        AdapterFileError: The folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            save_file(tensors, Path(scratch) / WEIGHTS_FILE, metadata=metadata)
+            save_file(dict(tensors), Path(scratch) / WEIGHTS_FILE, metadata=dict(metadata))
             (Path(scratch) / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
             for name in (WEIGHTS_FILE, CONFIG_FILE):
                 with (Path(scratch) / name).open("rb") as file:
@@ -294,15 +306,30 @@ def config_for(factors: Mapping[str, Factors], trained_in_full: Mapping[str, Ten
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> Any:
+    """Returns what the JSON file of an adapter's folder holds.
+
+    Raises:
+        AdapterFileError: It is missing, or no JSON.
+    """
     try:
-        settings = read_json(path)
+        return read_json(path)
     except FileNotFoundError as error:
         raise AdapterFileError(
             f"`folder` (={str(path.parent)!r}) must be an adapter folder; it has no {CONFIG_FILE}."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not readable JSON: {error}. Fetch or save it again.") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    settings = read_settings(path)
+    if isinstance(settings, dict) and METHOD_KEY in settings:
+        raise AdapterFileError(
+            f"The folder {path.parent} must hold a LoRA adapter; what it holds was trained by another method, "
+            f"{quoted(settings[METHOD_KEY])}, and has no A and B: no spectrum, no strength, nothing to merge, add or "
+            "export. Take a run of the method lora for that; a pane of Chat runs this one as it was trained."
+        )
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         kind = settings.get("peft_type") if isinstance(settings, dict) else type(settings).__name__
         raise AdapterFileError(f"`peft_type` (={kind!r}) in {path} must be 'LORA'; other kinds cannot be read.")

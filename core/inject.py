@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from core.config import LoRAConfig
+from core.config import LoRAConfig, MethodConfig
 from core.errors import LoRAError
 from core.experts import LoRAExperts, stacks_of
 from core.fused import LoRAFused, rows_of
@@ -60,6 +60,8 @@ def wrap(model: nn.Module, injection: Injection, *, seed: int = 0, draw: bool = 
     """
     if lora_layers(model):
         raise LoRAError("`model` must not be adapted already; call eject(model) first.")
+    if (other := method_of(model)) is not None:
+        raise LoRAError(f"`model` must not be made ready for {other.method} already; load it again.")
     config = injection.config
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     extras = {}
@@ -70,7 +72,7 @@ def wrap(model: nn.Module, injection: Injection, *, seed: int = 0, draw: bool = 
     model.requires_grad_(False)
     places = places_of(model)
     for t in injection.targets:
-        generator = torch.Generator().manual_seed(_seed_of(seed, t.path, t.r))
+        generator = torch.Generator().manual_seed(seed_of(seed, t.path, t.r))
         init = config.init if draw else "kaiming"
         options = {"dropout": config.dropout, "init": init, "dora": t.dora and draw, "generator": generator}
         module = _submodule(model, t.path)
@@ -130,6 +132,12 @@ def injection_of(model: nn.Module) -> Injection:
     if injection is None:
         raise LoRAError("`model` must be adapted; call inject(model, LoRAConfig()) or Adapter.apply(model) first.")
     return injection
+
+
+def method_of(model: nn.Module) -> MethodConfig | None:
+    """Returns how a model is adapted, to be trained or as it was trained; None of one that is not."""
+    injection = model.__dict__.get("_lora_injection")
+    return injection.method if injection is not None else None
 
 
 def trained_in_full(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -244,6 +252,7 @@ def places_of(model: nn.Module) -> dict[nn.Module, list[str]]:
     return places
 
 
-def _seed_of(seed: int, path: str, r: int) -> int:
+def seed_of(seed: int, path: str, r: int) -> int:
+    """Returns the seed of what is drawn for one place of a model."""
     digest = hashlib.sha256(f"{seed}/{path}/{r}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -14,13 +14,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from core.attention import Segments, SegmentsError
+from core.baselines.parts import IGNORED, special_tokens_of
 from core.blocks import block_lists, with_first
 from core.fusion import Fusion, linear_of
 from core.kernels import linear_cross_entropy
 from core.prefix import Prefix
-
-IGNORED = -100
-"""The label of a token that is not trained, as in torch's cross-entropy."""
 
 Batch = Mapping[str, Tensor]
 
@@ -145,9 +143,12 @@ def token_losses(
     Token t + 1 is predicted from the tokens up to t. Only positions that predict a trained token
     go through the output head: its logits are the largest tensor of a step.
 
-    A batch that lies on the CPU is prepared there, so that a GPU is never waited for.
+    A batch that lies on the CPU is prepared there, so that a GPU is never waited for. Tokens that the model was given
+    by prefix tuning are put into the rows here.
     """
     device = next(model.parameters()).device
+    special = special_tokens_of(model)
+    batch = batch if special is None else special.within(batch)
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"][:, 1:]
     rows, columns = (labels != IGNORED).nonzero(as_tuple=True)

@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from core.baselines.methods import apply_method
 from core.blocks import block_lists, blocks, with_first
-from core.config import LoRAConfig, TrainConfig
+from core.config import LoRAConfig, MethodConfig, TrainConfig
 from core.errors import LoRAError
 from core.fusion import Fusion
 from core.heap import Heap
-from core.inject import inject
 from core.losses import Way, losses_at, of_head
 from core.matrices import is_conv1d
 from core.rounds import once
@@ -68,6 +68,7 @@ def forecast_memory(
     train: TrainConfig,
     dtype: torch.dtype,
     *,
+    method: MethodConfig | None = None,
     prepare: Callable[[Any], object] = lambda model: None,
     num_devices: int = 1,
     base_bits: int | None = None,
@@ -89,6 +90,7 @@ def forecast_memory(
         lora: What is adapted; None for full fine-tuning, which trains every weight and nothing else.
         train: Of it, the shape of a batch.
         dtype: Of the model's weights.
+        method: What is trained instead of LoRA's matrices; special tokens count in `train.max_length`.
         prepare: What else is to be done to the model before it is trained, such as activation checkpointing.
         num_devices: How many devices train together; of each is what the forecast tells.
         base_bits: 4 or 8 where the linear layers of the frozen base lie so (NF4 in blocks of 64 with a float32 scale
@@ -101,10 +103,11 @@ def forecast_memory(
     model = copy.deepcopy(model).to(dtype)
     getattr(model, "tie_weights", lambda: None)()  # on its way to the meta device each may have got its own
     prepare(model)
-    if lora is None:
+    if lora is None or (method and method.method == "full"):
+        lora = None
         model.requires_grad_(True)
     else:
-        inject(model, lora)
+        apply_method(model, method or MethodConfig(), lora)
     whole = {id(p): p for p in (*model.parameters(), *model.buffers())}.values()
     trained = [p for p in whole if p.requires_grad]
     sizes = {id(p): _bytes(p) for p in whole if lora is None or not p.requires_grad}

@@ -1,5 +1,6 @@
 """Which matrices of a model are adapted: what there is, what the settings choose, and what that costs."""
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from core.config import ALL_LINEAR, LoRAConfig
+from core.config import ALL_LINEAR, LoRAConfig, MethodConfig
 from core.errors import LoRAError, TargetError, listed
 from core.experts import is_transposed, stacks_of
 from core.fused import parts_of, rows_of
@@ -56,6 +57,8 @@ class Injection:
             and a stack for its experts.
         num_parameters: Entries of the base model; tied weights count once.
         trained_in_full: Name → entries of each parameter that is trained as it is: biases, and `modules_to_save`.
+        method: How it is trained; of another than LoRA there are no targets.
+        added: Name → shape of each parameter that such a method puts into the model.
     """
 
     config: LoRAConfig
@@ -64,16 +67,25 @@ class Injection:
     unmatched: tuple[str, ...]
     num_parameters: int
     trained_in_full: dict[str, int] = field(default_factory=dict)
+    method: MethodConfig = MethodConfig()
+    added: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def num_trainable(self) -> int:
-        """Entries of all A and B, and of all that is trained beside them."""
-        return sum(t.num_trainable for t in self.targets) + sum(self.trained_in_full.values())
+        """Entries of all A and B, and of all that is trained beside them or instead."""
+        own = (*self.trained_in_full.values(), *map(math.prod, self.added.values()))
+        return sum(t.num_trainable for t in self.targets) + sum(own)
+
+    @property
+    def num_in_all(self) -> int:
+        """Entries of the adapted model; LoRA trains copies of what it trains in full, the other methods no copies."""
+        in_place = 0 if self.method.method == "lora" else sum(self.trained_in_full.values())
+        return self.num_parameters + self.num_trainable - in_place
 
     @property
     def trainable_share(self) -> float:
         """Trainable entries over the entries of the adapted model."""
-        return self.num_trainable / (self.num_parameters + self.num_trainable)
+        return self.num_trainable / self.num_in_all
 
     @property
     def adapter_bytes(self) -> int:
@@ -343,13 +355,26 @@ def _trained_in_full(
                 found[name] = p.numel()
     for wanted in config.modules_to_save:
         paths = _modules_named(model, [wanted])
-        names = [name for name in parameters if any(name.startswith(path + ".") for path in paths)]
         inside = [path for path in touched if any((path + ".").startswith(some + ".") for some in paths)]
         if inside:
             raise LoRAError(
                 f"`modules_to_save` (={wanted}) must not hold a matrix that is adapted as well, as {inside[0]} is; "
                 "take it out of target_modules by exclude_modules."
             )
+    return found | saved_parameters(model, config.modules_to_save)
+
+
+def saved_parameters(model: nn.Module, modules_to_save: Iterable[str]) -> dict[str, int]:
+    """Returns name → entries of the parameters of modules that are trained whole.
+
+    Raises:
+        TargetError: A name fits no module with weights.
+    """
+    found: dict[str, int] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for wanted in modules_to_save:
+        paths = _modules_named(model, [wanted])
+        names = [name for name in parameters if any(name.startswith(path + ".") for path in paths)]
         if not names:
             children = ", ".join(name for name, _ in model.named_children())
             raise TargetError(

@@ -1,4 +1,4 @@
-"""Training as a generator of events: AdamW on A and B, nothing else moves."""
+"""Training as a generator of events: AdamW on A and B, or what else a method trains; nothing else moves."""
 
 import math
 import time
@@ -18,10 +18,11 @@ from core.errors import ExplodedGradientError, LoRAError, NonFiniteLossError
 from core.events import Evaluated, Event, Finished, SpectrumMeasured, Started, Step
 from core.flat import Flat
 from core.grams import quick_sigma
+from core.inject import injection_of, method_of
 from core.losses import IGNORED, Batch, Losses
 from core.matrices import Factors
 from core.nonfinite import first_in_forward, first_in_gradients, first_in_weights, longest_in_gradients
-from core.targets import count_parameters, lora_layers
+from core.targets import lora_layers
 
 _ALONE = World()
 
@@ -90,8 +91,7 @@ class Training(Iterator[Event]):
         losses.choose()
         losses_of = world.wrap(losses)
         num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        first = next(iter(lora_layers(model).values()))
-        device, dtype = first.lora_A.device, first.weight.dtype
+        device, dtype = _device_and_dtype(model)
         moments = self._start.restore(model) if self._start is not None else {}
         flattened = _flattened(model, config)
         self._flats = [flat for flat, _ in flattened]
@@ -108,12 +108,12 @@ class Training(Iterator[Event]):
         yield Started(
             num_steps=config.steps,
             num_trainable=num_trainable,
-            num_parameters=count_parameters(model) + num_trainable,
+            num_parameters=injection_of(model).num_in_all,
             device=str(device),
             precision=str(dtype).removeprefix("torch."),
             memory_source=memory_source(device),
         )
-        stream = iter(self._batches)
+        stream, has_updates = iter(self._batches), bool(lora_layers(model))
         if config.compile:
             for block in blocks(model):
                 block.compile(dynamic=True)
@@ -137,7 +137,7 @@ class Training(Iterator[Event]):
                     taken = _step(model, losses_of, optimizer, micro_batches, config, self.step + 1, world)
                 self.step += 1
                 self.num_rows += sum(len(b["labels"]) for b in micro_batches)
-                if _measures_after(self.step, config):
+                if _measures_after(self.step, config) and has_updates:
                     yield spectrum_measured(model, self.step)
                 yield taken
         finally:
@@ -150,10 +150,9 @@ class Training(Iterator[Event]):
                     block._compiled_call_impl = None
 
     def _check(self) -> None:
-        layers = lora_layers(self._model)
-        if not layers:
+        if method_of(self._model) is None:
             raise LoRAError("`model` must be adapted before it is trained; call inject(model, LoRAConfig()) first.")
-        if any(layer.merged for layer in layers.values()):
+        if any(layer.merged for layer in lora_layers(self._model).values()):
             raise LoRAError("`model` must not be merged while it is trained; call unmerge(model) first.")
         if self._eval_batches is not None and iter(self._eval_batches) is self._eval_batches:
             raise LoRAError(
@@ -176,16 +175,16 @@ def train(
     start: Checkpoint | None = None,
     world: World = _ALONE,
 ) -> Training:
-    """Trains the adapter of `model` and yields what happens: `Started`, then `Step` and `Evaluated`, then `Finished`.
+    """Trains a model and yields what happens: `Started`, then `Step` and `Evaluated`, then `Finished`.
 
     The loss of a step is the mean over all its trained tokens, also across accumulated batches, so
-    that accumulation changes memory and not the result. The consumer may stop at any event; A and
-    B are then as of the last step yielded. Taken up from a checkpoint, every later event is what it would have
+    that accumulation changes memory and not the result. The consumer may stop at any event; what is
+    trained is then as of the last step yielded. Taken up from a checkpoint, every later event is what it would have
     been without the break, bit for bit on a CPU: a step depends on the weights, the moments, its batches, and its
     number, by which the learning rate is set and dropout is seeded.
 
     Args:
-        model: An adapted model (see `inject`) on its device. Called as `model(input_ids=…,
+        model: An adapted model (see `inject`, `apply_method`) on its device. Called as `model(input_ids=…,
             attention_mask=…)`; gives logits (batch, seq, vocabulary), or an object that has them.
         batches: Dicts of `input_ids`, `attention_mask`, `labels`, each (batch, seq) int64; a label
             of -100 is not trained. As many as the steps to come × accumulation; with `start`, the first is that
@@ -204,6 +203,16 @@ def train(
         ExplodedGradientError: The gradient became longer than `explosion_norm`.
     """
     return Training(model, batches, config, eval_batches, start, world)
+
+
+def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Returns where a model is trained, and the type of its frozen weights; where none are frozen, of all."""
+    layer = next(iter(lora_layers(model).values()), None)
+    if layer is not None:
+        return layer.lora_A.device, layer.weight.dtype
+    trained = next(p for p in model.parameters() if p.requires_grad)
+    frozen = (p for p in model.parameters() if not p.requires_grad and p.is_floating_point())
+    return trained.device, next(frozen, trained).dtype
 
 
 def _flattened(model: nn.Module, config: TrainConfig) -> list[tuple[Flat, float]]:

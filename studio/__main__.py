@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core import Failed, LoRAConfig, LoRAError, TrainConfig, gpus, resolve_device, settings
+from core import METHODS, Failed, LoRAConfig, LoRAError, MethodConfig, TrainConfig, gpus, resolve_device, settings
 from studio import analysis, home_commands
 from studio.workspace import Workspace
 
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_spec(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     parser.add_argument("spec", metavar="SPEC", type=Path, nargs=nargs, help="a JSON file like the spec.json of a run")
-    for config in (LoRAConfig, TrainConfig):
+    for config in (LoRAConfig, MethodConfig, TrainConfig):
         group = parser.add_argument_group(f"settings that go before those of SPEC ({config.__name__})")
         for s in settings(config):
             metavar = "{" + ",".join(s.choices) + "}" if s.choices else "X"
@@ -247,7 +247,7 @@ def _spec(args: argparse.Namespace) -> "RunSpec":
     from studio.specs import RunSpec
 
     spec = (RunSpec.read(args.spec) if args.spec is not None else RunSpec()).to_dict()
-    for part, config in (("lora", LoRAConfig), ("train", TrainConfig)):
+    for part, config in (("lora", LoRAConfig), ("method", MethodConfig), ("train", TrainConfig)):
         given = [(s, getattr(args, s.name)) for s in settings(config)]
         spec[part] |= {s.name: s.parse(text) for s, text in given if text is not None}
     return RunSpec.from_dict(spec)
@@ -368,10 +368,10 @@ def _plan(args: argparse.Namespace, workspace: Workspace) -> int:
         return 0
     size = made.adapter_bytes / 1e6
     print(f"Trained: {made.num_trained:,} of {made.num_parameters:,} parameters; the adapter takes {size:.1f} MB.")
-    print(f"{'GB on each device':<18}{'LoRA':>12}{'full':>12}")
+    print(f"{'GB on each device':<18}{METHODS[made.method]:>18}{'full':>12}")
     for name, size in made.lora.terms.items():
-        print(f"{name:<18}{size / 1e9:>12.2f}{getattr(made.full, name) / 1e9:>12.2f}")
-    print(f"{'total':<18}{made.lora.total / 1e9:>12.2f}{made.full.total / 1e9:>12.2f}")
+        print(f"{name:<18}{size / 1e9:>18.2f}{getattr(made.full, name) / 1e9:>12.2f}")
+    print(f"{'total':<18}{made.lora.total / 1e9:>18.2f}{made.full.total / 1e9:>12.2f}")
     if made.fits is not None:
         print(
             f"{'It fits' if made.fits else 'It does not fit'}: {made.free_bytes / 1e9:.2f} GB are free, {made.device}."

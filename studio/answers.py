@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from core import AdapterBank, lora_layers
+from core import AdapterBank, injection_of, lora_layers, method_of
 from studio.panes import Pane
 
 
@@ -54,6 +54,8 @@ def describe(model: nn.Module, base: nn.Module, bank: AdapterBank | None = None,
             if level
         ]
         state = " and ".join(running) or "adapter off (strength 0)"
+    elif not layers and (method := method_of(model)) is not None:
+        state = f"trained by {method.title}, {injection_of(model).num_trainable:,} parameters, as it was trained"
     elif not layers:
         shared = {id(p) for p in base.parameters()}
         num_changed = sum(id(p) not in shared for p in model.parameters())

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from core import LoRAError, TrainConfig, resolve_device
+from core import LoRAError, MethodConfig, TrainConfig, resolve_device
 from studio import doors, jobs, theme, watch
 from studio.data import DataSpec
 from studio.remedies import remedies
@@ -74,6 +74,7 @@ def _wire(
 ) -> None:
     num_model, num_data = len(model_tab.inputs), len(data_tab.inputs)
     inputs = [*model_tab.inputs, *data_tab.inputs, data_tab.max_length, *train_tab.form.widgets]
+    inputs += train_tab.method.widgets
 
     def opened(request: gr.Request) -> Any:
         listed = studio.runs.list()
@@ -102,8 +103,10 @@ def _wire(
         chosen, lora = model.parse(model_tab.form, list(values[:num_model]))
         read_rows = data.parse(data_tab.form, list(values[num_model : num_model + num_data])) if rows else DataSpec()
         longest, *rest = values[num_model + num_data :]
-        settings = TrainConfig.from_dict(train_tab.form.values(rest) | {"max_length": longest})
-        return RunSpec("Untitled", chosen, read_rows, lora, settings)
+        num_train = len(train_tab.form.widgets)
+        settings = TrainConfig.from_dict(train_tab.form.values(rest[:num_train]) | {"max_length": longest})
+        method = MethodConfig.from_dict(train_tab.method.values(rest[num_train:]))
+        return RunSpec("Untitled", chosen, read_rows, lora, settings, method=method)
 
     def begin(name: str, sweep: str, look: Any, *values: Any) -> Any:
         spec = read(*values)
@@ -160,7 +163,10 @@ def _wire(
         inputs,
         read,
         {**settings, "max_length": data_tab.max_length, **model_tab.choice},
-        changed=[train_page.select, *(widget.change for widget in train_tab.form.widgets)],
+        changed=[
+            train_page.select,
+            *(widget.change for widget in (*train_tab.form.widgets, *train_tab.method.widgets)),
+        ],
         start=train_tab.start,
         redraw=model_tab.redraw,
     )

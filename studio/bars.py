@@ -7,7 +7,7 @@ table below, so that no colour needs to be seen.
 from dataclasses import dataclass
 from html import escape
 
-from core import MemoryForecast
+from core import METHODS, MemoryForecast
 from studio import live
 from studio.palette import ADAPTED, ADAPTED_SOFT, BASE, CHANCE
 from studio.planner import Plan
@@ -86,9 +86,11 @@ class Measured:
 def drawn(plan: Plan, measured: Measured | None = None) -> str:
     """Returns HTML of the bars, on one scale, and the table of their numbers."""
     rows = [
-        ("LoRA", plan.lora.total, _segments(plan.lora)),
+        (METHODS[plan.method], plan.lora.total, _segments(plan.lora)),
         ("Full fine-tuning, Adam", plan.full.total, _segments(plan.full)),
     ]
+    if plan.method == "full":
+        del rows[1]
     if measured is not None:
         found = measured.probe
         own = min(found.framework_bytes, found.peak_bytes)
@@ -111,13 +113,14 @@ def verdict(plan: Plan) -> tuple[list[str], str]:
     """Returns in sentences whether a run fits, or by how much it does not; and how that is said."""
     takes, free = size(plan.lora.total), size(plan.free_bytes)
     where = f"{plan.device} and each other device" if plan.num_devices > 1 else plan.device
-    full = f"Full fine-tuning would take {plan.full.total / plan.lora.total:.1f} times as much."
+    full = [f"Full fine-tuning would take {plan.full.total / plan.lora.total:.1f} times as much."]
+    full = [] if plan.method == "full" else full
     if plan.fits is None:
-        return [f"It takes {takes}; how much is free on {where} is not known.", full], ""
+        return [f"It takes {takes}; how much is free on {where} is not known.", *full], ""
     if plan.fits:
-        return [f"It fits: {takes} of {free} free on {where}.", full], "good"
+        return [f"It fits: {takes} of {free} free on {where}.", *full], "good"
     missing = size(plan.lora.total - plan.free_bytes)
-    return [f"It does not fit: it takes {takes}, {missing} more than the {free} free on {where}.", full], "error"
+    return [f"It does not fit: it takes {takes}, {missing} more than the {free} free on {where}.", *full], "error"
 
 
 def measured_words(measured: Measured) -> list[str]:
@@ -210,7 +213,8 @@ def _table(plan: Plan) -> str:
         if getattr(plan.lora, name) or getattr(plan.full, name)
     )
     return (
-        '<table class="plain"><thead><tr><th scope="col">At the peak of a step</th><th scope="col">LoRA</th>'
+        '<table class="plain"><thead><tr><th scope="col">At the peak of a step</th>'
+        f'<th scope="col">{METHODS[plan.method]}</th>'
         f'<th scope="col">Full</th></tr></thead><tbody>{rows}</tbody><tfoot><tr><th scope="row">Total</th>'
         f"<td>{size(plan.lora.total)}</td><td>{size(plan.full.total)}</td></tr></tfoot></table>"
     )

@@ -21,7 +21,7 @@ from typing import Any
 
 import orjson
 
-from core import Adapter, LoRAError, quoted
+from core import LoRAError, load_trained, quoted
 from studio.certificate import Report
 from studio.event_log import EventLog
 from studio.export import CERTIFICATE_FILE
@@ -205,7 +205,7 @@ def _verify(folder: Path, file: Path) -> None:
         RunSpec.read(folder / "spec.json")
         EventLog(folder / "events.jsonl").read()
         if (folder / "adapter").is_dir():
-            Adapter.load(folder / "adapter")
+            load_trained(folder / "adapter")
         if (folder / CERTIFICATE_FILE).is_file():
             Report.from_dict(orjson.loads((folder / CERTIFICATE_FILE).read_bytes()))
         for path in folder.rglob("*.json"):

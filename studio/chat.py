@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from core import (
     Adapter,
     AdapterBank,
+    Baseline,
     LoRAError,
     merged_copy,
+    special_tokens_of,
     strength,
     truncate,
     weighted_sum,
@@ -38,8 +40,8 @@ KEPT_ADAPTERS, KEPT_MODELS = 16, 4
 class _Held:
     """An adapter that the engine has: as it was found, as it is run, and whether it lies in the bank."""
 
-    found: Adapter
-    adapter: Adapter
+    found: Adapter | Baseline
+    adapter: Adapter | Baseline
     is_banked: bool
 
 
@@ -78,7 +80,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        find: Callable[[str, int], Adapter],
+        find: Callable[[str, int], Adapter | Baseline],
         end_token_ids: frozenset[int],
         *,
         is_cpu_shared: Callable[[], bool] = lambda: False,
@@ -87,8 +89,8 @@ class Engine:
 
         Args:
             model: The base model, which the engine owns from here on.
-            find: Returns the adapter of that name, at the step of a checkpoint or, for 0, as it was saved last; the
-                same object as long as it has not changed.
+            find: Returns the adapter of that name, or what another method trained, at the step of a checkpoint or, for
+                0, as it was saved last; the same object as long as it has not changed.
             end_token_ids: Tokens that end an answer.
             is_cpu_shared: Asked at each answer: whether something else, a training say, is busy on the
                 same cores. Then one thread is used. Two programs whose threads wait for each other on
@@ -173,8 +175,12 @@ class Engine:
         """Returns the logits of one pane, (batch, seq, vocabulary), for (batch, seq) token ids."""
         self._check_length(token_ids.shape[-1])
         (group,) = self._groups([pane])
+        special = special_tokens_of(group.model)
+        if special is not None:
+            rows = [[*special.around([]), *row] for row in token_ids.tolist()]
+            token_ids = torch.tensor(rows, device=token_ids.device)
         output, _ = self._forward(group, self._num_threads, input_ids=token_ids)
-        return output.logits
+        return output.logits if special is None else output.logits[:, len(special.around([])) :]
 
     def shift(self, pane: Pane, token_ids: list[int], num_before: int, top: int = 5) -> Shift:
         """Scores tokens by a pane and by the base.
@@ -194,8 +200,11 @@ class Engine:
             raise LoRAError(f"The text (={num} tokens) must have from 1 to {MAX_SCORED} tokens to be scored.")
         keep = {"logits_to_keep": num + 1} if self._last_only else {}
         found: dict[int, Tensor] = {}
+        before, scored = token_ids[:-num], token_ids[-num:]
         for group in self._groups([pane, Pane()]):
-            ids = torch.tensor([token_ids] * len(group.places), device=self._device)
+            special = special_tokens_of(group.model)
+            row = [*(before if special is None else special.around(before)), *scored]
+            ids = torch.tensor([row] * len(group.places), device=self._device)
             output, _ = self._forward(group, self._num_threads, input_ids=ids, **keep)
             found |= dict(zip(group.places, output.logits[:, -num - 1 : -1], strict=True))
         return compare(found[0], found[1], token_ids[-num:], top)
@@ -219,8 +228,12 @@ class Engine:
     ) -> Iterator[dict[int, Answer]]:
         """Yields the answers of panes that run on one model, those that have ended left out, a token at a time."""
         num_threads = 1 if self._is_cpu_shared() else self._num_threads
-        inputs = self._padded([prompts[place] for place in group.places])
-        lengths = {place: len(prompts[place]) for place in group.places}
+        special = special_tokens_of(group.model)
+        asked = [prompts[place] if special is None else special.around(prompts[place]) for place in group.places]
+        for ids in asked:
+            self._check_length(len(ids))
+        inputs = self._padded(asked)
+        lengths = {place: len(ids) for place, ids in zip(group.places, asked, strict=True)}
         generators = {place: torch.Generator().manual_seed(settings.seed) for place in group.places}
         said: dict[int, tuple[int, ...]] = dict.fromkeys(group.places, ())
         num_steps, computing, first_seconds = 0, 0.0, 0.0
@@ -287,6 +300,9 @@ class Engine:
                     bank.use(*rows)
             # To look for layers takes milliseconds: only where some can be.
             is_switched = bank is None and len(pane.sources) == 1 and not pane.merged
+            held = self._held[pane.sources[0]].adapter if is_switched else None
+            if isinstance(held, Baseline) and pane.strength != 1.0:
+                raise _only_as_it_is(held, f"run at strength {pane.strength:g}")
             with strength(model, pane.strength) if is_switched else nullcontext():
                 output = model(**inputs)
                 if not (pane.merged and group.engines):  # a merged model stays what it is from token to token
@@ -324,7 +340,9 @@ class Engine:
             if held is not None:  # it has changed; what was made of it is forgotten
                 self._models.clear()
                 self._take_out(source)
-            adapter = truncate(found, rank=source.rank).adapter if source.rank else found
+            if source.rank and isinstance(found, Baseline):
+                raise _only_as_it_is(found, f"cut to rank {source.rank}")
+            adapter = truncate(found, rank=source.rank).adapter if source.rank else found  # type: ignore[arg-type]
             held = _Held(found, adapter, self._place(source, adapter))
         self._held[source] = held  # the last one used stands last
         for old in [s for s in self._held if s not in wanted][: max(0, len(self._held) - KEPT_ADAPTERS)]:
@@ -334,8 +352,11 @@ class Engine:
         if self._bank is not None and source.label in self._bank.names:
             self._bank.remove(source.label)
 
-    def _place(self, source: Source, adapter: Adapter) -> bool:
+    def _place(self, source: Source, adapter: Adapter | Baseline) -> bool:
         """Puts an adapter in the bank; says whether rows can run it."""
+        if isinstance(adapter, Baseline):
+            adapter.check_fit(self._plain)
+            return False
         try:
             if self._bank is None:
                 self._bank = AdapterBank(self._model, {source.label: adapter})
@@ -362,7 +383,10 @@ class Engine:
         if model is None:
             adapters = [self._held[s].adapter for s in sources]
             model = _sharing(self._plain)
-            (adapters[0] if alone else weighted_sum(adapters, [pane.terms.get(s, 0.0) for s in sources])).apply(model)
+            made = adapters[0] if alone else weighted_sum(_of_lora(adapters), [pane.terms.get(s, 0.0) for s in sources])
+            if pane.merged and isinstance(made, Baseline):
+                raise _only_as_it_is(made, "merged")
+            made.apply(model)
             if pane.merged:
                 with strength(model, pane.strength if alone else 1.0):
                     model = merged_copy(model)
@@ -379,6 +403,25 @@ class Engine:
                 f"The prompt (={num_tokens} tokens) must be shorter than the model's context, {self.room}; "
                 "shorten it, or begin a new conversation."
             )
+
+
+def _only_as_it_is(trained: Baseline, asked: str) -> LoRAError:
+    return LoRAError(
+        f"What {trained.method.title} trained must not be {asked}: it has no ΔW = scaling · B·A. Let the pane run it "
+        "as it was trained: Adapter, strength 1."
+    )
+
+
+def _of_lora(adapters: Sequence[Adapter | Baseline]) -> list[Adapter]:
+    """Returns the adapters, if all are LoRA's.
+
+    Raises:
+        LoRAError: One is not.
+    """
+    for each in adapters:
+        if isinstance(each, Baseline):
+            raise _only_as_it_is(each, "added to another")
+    return [each for each in adapters if isinstance(each, Adapter)]
 
 
 def _sharing(model: nn.Module) -> nn.Module:

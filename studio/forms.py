@@ -1,12 +1,16 @@
 """From declared settings to widgets, and from the widgets' values back to a checked config."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import gradio as gr
 
 from core import Config, Setting, settings
+
+MOST_RADIOS = 6
+"""More choices than these are in a list that opens."""
 
 
 class Form:
@@ -19,6 +23,8 @@ class Form:
 
     def __init__(self, config: type[Config], names: Sequence[str] | None = None, **defaults: Any) -> None:
         """Draws the settings; the advanced ones go under "More".
+
+        Those that mean something under some choices of the first setting only are seen under these.
 
         Args:
             config: The class whose settings are drawn.
@@ -34,6 +40,16 @@ class Form:
                 self.widgets += _rows(advanced, defaults)
         self.names = [s.name for s in (*plain, *advanced)]
         self._settings = {s.name: s for s in chosen}
+        first, depending = chosen[0], [name for name in self.names if self._settings[name].only]
+        if depending:
+            widgets = dict(zip(self.names, self.widgets, strict=True))
+            event: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+            widgets[first.name].change(
+                lambda value: [gr.update(visible=value in self._settings[name].only) for name in depending],
+                widgets[first.name],
+                [widgets[name] for name in depending],
+                **event,
+            )
 
     def values(self, raw: Sequence[Any]) -> dict[str, Any]:
         """Returns setting → value for what the widgets hold, ready for `Config.from_dict`.
@@ -51,17 +67,25 @@ class Form:
 
 def _rows(chosen: list[Setting], defaults: dict[str, Any]) -> list[Any]:
     widgets = []
-    for start in range(0, len(chosen), 2):
-        with gr.Row(equal_height=False):
-            widgets += [widget(s, defaults.get(s.name, s.default)) for s in chosen[start : start + 2]]
+    for only, alike in groupby(chosen, lambda s: s.only):
+        together = list(alike)
+        is_seen = not only or defaults.get(chosen[0].name, chosen[0].default) in only
+        for start in range(0, len(together), 2):
+            with gr.Row(equal_height=False):
+                pair = together[start : start + 2]
+                widgets += [widget(s, defaults.get(s.name, s.default), visible=is_seen) for s in pair]
     return widgets
 
 
-def widget(s: Setting, value: Any) -> Any:
+def widget(s: Setting, value: Any, *, visible: bool = True) -> Any:
     """Returns the Gradio component for one setting, its explanation beside it."""
-    common = {"label": s.label, "info": s.help, "elem_id": f"setting-{s.name}", "min_width": 220}
+    common: dict[str, Any] = {"label": s.label, "info": s.help, "elem_id": f"setting-{s.name}", "min_width": 220}
+    common["visible"] = visible
     if s.choices is not None:
-        return gr.Radio(list(s.choices), value=value, **common)
+        choices = [(s.choices[c], c) for c in s.choices] if isinstance(s.choices, Mapping) else list(s.choices)
+        if len(choices) > MOST_RADIOS:
+            return gr.Dropdown(choices, value=value, filterable=False, **common)
+        return gr.Radio(choices, value=value, **common)
     if s.type is bool:
         return gr.Checkbox(value=value, **common)
     if s.type in (int, float):

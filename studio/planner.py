@@ -21,15 +21,14 @@ from torch import nn
 
 from core import (
     FRAMEWORK_BYTES,
-    LoRAConfig,
     LoRAError,
     MemoryForecast,
+    MethodConfig,
     device_memory,
     forecast_memory,
-    plan,
+    plan_method,
     quoted,
     resolve_devices,
-    resolve_dtype,
 )
 from studio import models, setup
 from studio.jobs import ENVIRONMENT
@@ -57,9 +56,10 @@ class Plan:
         num_parameters: Of the base model, tied ones once.
         num_trained: Of A and B and what else is trained.
         adapter_bytes: Of the adapter's file, float32.
-        lora: Of one device.
+        lora: Of one device, by the run's own method.
         full: The same step with every weight trained in the weights' type, by Adam with float32 moments.
         free_bytes, total_bytes: Of the device that has the least; 0 where nobody says.
+        method: How the run trains.
     """
 
     device: str
@@ -72,6 +72,7 @@ class Plan:
     full: MemoryForecast
     free_bytes: int
     total_bytes: int
+    method: str = "lora"
 
     @property
     def fits(self) -> bool | None:
@@ -109,12 +110,12 @@ class Planner:
         if number < 1:
             raise LoRAError(f"`devices` (={number}) must be at least 1.")
         free, total = room(devices)
-        injection = plan(self._skeleton, spec.lora)
+        injection = plan_method(self._skeleton, spec.method, spec.lora)
         lora = self.forecast(spec, num_devices=number)
         return Plan(
             device=str(devices[0]),
             num_devices=number,
-            dtype=str(resolve_dtype(spec.train.precision, devices[0])).removeprefix("torch."),
+            dtype=str(setup.weights_dtype(spec, devices[0])).removeprefix("torch."),
             num_parameters=sum(p.numel() for p in self._skeleton.parameters()),
             num_trained=injection.num_trainable,
             adapter_bytes=lora.adapter,
@@ -122,6 +123,7 @@ class Planner:
             full=self.forecast(spec, num_devices=number, full=True),
             free_bytes=free if free_bytes is None else free_bytes,
             total_bytes=total if free_bytes is None else free_bytes,
+            method=spec.method.method,
         )
 
     def forecast(self, spec: RunSpec, *, num_devices: int | None = None, full: bool = False) -> MemoryForecast:
@@ -133,25 +135,27 @@ class Planner:
             LoRAError: The settings do not fit the model, the device is not there, or the model wants values.
         """
         devices = resolve_devices(spec.train.device)
-        lora = None if full else spec.lora
-        key = json.dumps([lora and lora.to_dict(), spec.train.to_dict(), num_devices])
+        dtype = setup.weights_dtype(spec, devices[0])
+        spec = replace(spec, method=MethodConfig(method="full")) if full else spec
+        parts = (spec.lora, spec.method, spec.train)
+        key = json.dumps([*(part.to_dict() for part in parts), num_devices, str(dtype)])
         with _forecasting:
             if key not in self._known:
                 if len(self._known) >= MOST_KEPT:
                     self._known.clear()
-                self._known[key] = self._forecast(spec, lora, devices, num_devices)
-            dtype = resolve_dtype(spec.train.precision, devices[0])
+                self._known[key] = self._forecast(spec, dtype, devices, num_devices)
             return replace(self._known[key], framework=framework_share(devices[0], self._workspace, dtype))
 
     def _forecast(
-        self, spec: RunSpec, lora: LoRAConfig | None, devices: Sequence[torch.device], num_devices: int | None
+        self, spec: RunSpec, dtype: torch.dtype, devices: Sequence[torch.device], num_devices: int | None
     ) -> MemoryForecast:
         try:
             return forecast_memory(
                 self._skeleton,
-                lora,
+                spec.lora,
                 spec.train,
-                resolve_dtype(spec.train.precision, devices[0]),
+                dtype,
+                method=spec.method,
                 prepare=setup.preparation(spec),
                 num_devices=num_devices or len(devices),
                 on_heap=devices[0].type == "cpu",
@@ -192,7 +196,7 @@ class Planner:
             yield None
             for step in for_memory(way.spec):
                 try:
-                    plan(self._skeleton, step.spec.lora)
+                    plan_method(self._skeleton, step.spec.method, step.spec.lora)
                 except LoRAError:  # the model has no such matrices
                     continue
                 if (key := json.dumps(step.spec.to_dict())) not in seen:

@@ -119,7 +119,7 @@ def measure(spec: RunSpec, workspace: Workspace, *, full_rows: bool = False) -> 
     yield Noted("Loading the model")
     model, _ = setup.adapted_model(spec, workspace, world, device, note)
     if batch is None:
-        shape = (config.batch_size, config.max_length)
+        shape = (config.batch_size, spec.row_length)
         ids = torch.randint(0, model.config.get_text_config().vocab_size, shape)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     loading = peak_memory_bytes(device)

@@ -75,7 +75,7 @@ def for_memory(spec: RunSpec) -> Iterator[Remedy]:
     if (length := train.max_length // 2) >= SHORTEST:
         cost = "faster; longer rows are cut"
         yield changed(f"Rows of at most {length} tokens", 0.5, cost, trains_less=True, max_length=length)
-    if spec.lora.target_modules != QUERY_AND_VALUE:
+    if spec.method.method == "lora" and spec.lora.target_modules != QUERY_AND_VALUE:
         fewer = replace(spec, lora=replace(spec.lora, target_modules=QUERY_AND_VALUE))
         cost = "a little faster; fewer matrices learn"
         label = "Query and value alone"

@@ -147,6 +147,15 @@ class Run:
         return all((self.adapter_folder / name).is_file() for name in ADAPTER_FILES)
 
     @property
+    def has_lora(self) -> bool:
+        """Whether an adapter was saved and is LoRA's, so that there is a ΔW to look at, to merge and to take home.
+
+        Raises:
+            LoRAError: `spec.json` is damaged.
+        """
+        return self.has_adapter and self.spec.method.method == "lora"
+
+    @property
     def is_imported(self) -> bool:
         """Whether the adapter came from elsewhere, so that nothing is known of its training."""
         return (self.folder / "imported").is_file()
@@ -253,6 +262,14 @@ class Run:
         except OSError as error:
             return f"{self.worker_log} cannot be read ({error.strerror})."
         return "\n".join(text.splitlines()[-num_lines:])
+
+
+def no_update(run: Run) -> str:
+    """Returns why a run that was trained by another method than LoRA has nothing to show, merge or take home."""
+    return (
+        f"“{run.spec.name}” was trained by {run.spec.method.title}, which has no ΔW = scaling · B·A: no spectrum, no "
+        "merging and no export. Chat with it, or take a run of LoRA."
+    )
 
 
 class Runs:

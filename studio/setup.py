@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from core import Injection, LoRAError, World, inject, resolve_dtype
+from core import Injection, LoRAError, World, apply_method, resolve_dtype
 from studio import data, models
 from studio.specs import RunSpec
 from studio.workspace import Workspace
@@ -42,7 +42,7 @@ def rows_of(
         tokenizer = models.load_tokenizer(spec.model, workspace)
         try:
             rows = replace(spec.data, bad_rows="skip") if is_begun else spec.data
-            settings = {"max_length": spec.train.max_length, "seed": spec.train.seed}
+            settings = {"max_length": spec.row_length, "seed": spec.train.seed}
             prepared = data.prepare(rows, tokenizer, workspace=workspace, progress=note, **settings)
         except LoRAError as error:
             raise DataError(str(error)) from error
@@ -54,21 +54,35 @@ def rows_of(
 def adapted_model(
     spec: RunSpec, workspace: Workspace, world: World, device: torch.device, note: Callable[[str], None]
 ) -> tuple[Any, Injection]:
-    """Returns the model with its adapter, on `device`, and what was adapted.
+    """Returns the model with its adapter, or ready for another method, on `device`, and what was done to it.
 
     Raises:
         LoRAError: The model cannot be loaded or adapted.
     """
+    if spec.train.shard_weights and spec.method.method != "lora":
+        raise LoRAError(
+            f"`shard_weights` (=True) must be off for the method {spec.method.method}; only lora trains with split "
+            "weights."
+        )
     note("Loading the model")
     with world.first_alone():
         at_first = "cpu" if spec.train.shard_weights else str(device)  # it may be too large for the device
-        dtype = resolve_dtype(spec.train.precision, device)
+        dtype = weights_dtype(spec, device)
         model = models.load_model(spec.model, workspace, device=at_first, dtype=dtype, progress=note)
     preparation(spec)(model)
-    injection = inject(model, spec.lora, seed=spec.train.seed)
+    injection = apply_method(model, spec.method, spec.lora, seed=spec.train.seed)
     if spec.train.shard_weights:
         world.shard(model, device)
     return model, injection
+
+
+def weights_dtype(spec: RunSpec, device: torch.device) -> torch.dtype:
+    """Returns the type of a run's weights; where they are trained themselves, "auto" is float32.
+
+    Small updates would be lost to the rounding of bfloat16.
+    """
+    trains_weights = spec.method.trains_weights and spec.train.precision == "auto"
+    return resolve_dtype("fp32" if trains_weights else spec.train.precision, device)
 
 
 def preparation(spec: RunSpec) -> Callable[[Any], None]:

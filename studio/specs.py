@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from core import LoRAConfig, LoRAError, TrainConfig, quoted, read_json
+from core import LoRAConfig, LoRAError, MethodConfig, TrainConfig, quoted, read_json
 from studio.data import DataSpec
+
+MIN_ROW_LENGTH = 8
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class RunSpec:
         lora: What is adapted.
         train: How it is trained.
         continues: The run, and the step of its checkpoint, that this one began with: "RUN@40"; "" for none.
+        method: What is trained: LoRA, or what its paper compares it with.
     """
 
     name: str = "Untitled"
@@ -28,6 +31,7 @@ class RunSpec:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     continues: str = ""
+    method: MethodConfig = field(default_factory=MethodConfig)
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
@@ -37,18 +41,21 @@ class RunSpec:
             LoRAError: A part does not exist or is out of range.
         """
         if not isinstance(values, dict):
-            raise LoRAError(f"A spec must be a table with name, model, data, lora, train; not {type(values).__name__}.")
-        unknown = set(values) - {"name", "model", "data", "lora", "train", "continues"}
+            raise LoRAError(
+                f"A spec must be a table with name, model, data, lora, method, train; not {type(values).__name__}."
+            )
+        unknown = set(values) - {"name", "model", "data", "lora", "method", "train", "continues"}
         if unknown:
             raise LoRAError(
-                f"A spec has no part {', '.join(sorted(map(str, unknown)))}; it has name, model, data, lora, train."
+                f"A spec has no part {', '.join(sorted(map(str, unknown)))}; "
+                "it has name, model, data, lora, method, train."
             )
         for part in ("name", "model"):
             if part in values and not (isinstance(values[part], str) and values[part].strip()):
                 raise LoRAError(f"`{part}` (={quoted(values[part])}) must be text.")
         if not re.fullmatch(r"([\w-]+@\d{1,12})?", str(values.get("continues", ""))):
             raise LoRAError(f"`continues` (={quoted(values['continues'])}) must be RUN@STEP, as the studio writes it.")
-        parts = {"data": DataSpec, "lora": LoRAConfig, "train": TrainConfig}
+        parts = {"data": DataSpec, "lora": LoRAConfig, "method": MethodConfig, "train": TrainConfig}
         return cls(**{k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
 
     @classmethod
@@ -66,6 +73,21 @@ class RunSpec:
             ) from error
         return cls.from_dict(values)
 
+    @property
+    def row_length(self) -> int:
+        """How many tokens of its own a row may have; those that prefix tuning adds count in `max_length`, too.
+
+        Raises:
+            LoRAError: They leave too few.
+        """
+        length = self.train.max_length - self.method.num_special_tokens
+        if length < MIN_ROW_LENGTH:
+            raise LoRAError(
+                f"`prefix_length` + `infix_length` (={self.method.num_special_tokens}) must leave a row at least "
+                f"{MIN_ROW_LENGTH} of `max_length` (={self.train.max_length}) tokens."
+            )
+        return length
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""
         return {
@@ -73,6 +95,7 @@ class RunSpec:
             "model": self.model,
             "data": self.data.to_dict(),
             "lora": self.lora.to_dict(),
+            "method": self.method.to_dict(),
             "train": self.train.to_dict(),
             **({"continues": self.continues} if self.continues else {}),
         }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from core import (
     Adapter,
     Amplification,
+    Baseline,
     Comparison,
     Factors,
     Intruders,
@@ -27,7 +28,7 @@ from core import (
     amplification,
     compare,
     intruder_dimensions,
-    plan,
+    plan_method,
     quoted,
     resolve_devices,
     resolve_dtype,
@@ -250,8 +251,8 @@ class Studio:
         dtype = resolve_dtype("fp32" if device.type == "cpu" and small else train.precision, device)
         return self._keep("engine", (model, device, dtype), lambda: self._load_engine(model, device, dtype))
 
-    def adapter(self, model: str, run_id: str, step: int = 0) -> Adapter:
-        """Returns a run's adapter; the same object as long as its file is the same.
+    def adapter(self, model: str, run_id: str, step: int = 0) -> Adapter | Baseline:
+        """Returns a run's adapter, or what another method trained; the same object as long as its file is the same.
 
         Args:
             model: The base model that it has to be of.
@@ -269,7 +270,11 @@ class Studio:
         if step and step not in run.checkpoints.steps():
             there = ", ".join(map(str, run.checkpoints.steps())) or "none"
             raise LoRAError(f"`step` (={step}) must be that of a checkpoint of “{run.spec.name}”; it has {there}.")
-        return self.opened(Source(run_id, step or None)).adapter
+        source = Source(run_id, step or None)
+        if run.spec.method.method == "lora":
+            return self.opened(source).adapter
+        folder = run.checkpoints.at(step) if step else run.adapter_folder
+        return self._keep("baseline", self.place_of(source), lambda: Baseline.load(folder), most=2)
 
     def check(self, spec: RunSpec) -> None:
         """Checks a spec against its model and data as far as that takes no weights.
@@ -278,8 +283,9 @@ class Studio:
             LoRAError: A column or a matrix does not exist, r is larger than a matrix, or pages may not open a file.
         """
         self.check_model(spec.model)
-        plan(self.skeleton(spec.model), spec.lora)
-        data.check_spec(spec.data, self.table(spec.data.source, spec.data.eval_source))
+        plan_method(self.skeleton(spec.model), spec.method, spec.lora)
+        if spec.row_length:  # it raises where nothing is left of a row
+            data.check_spec(spec.data, self.table(spec.data.source, spec.data.eval_source))
 
     def start(self, spec: RunSpec, sweep: str | None = "") -> Run:
         """Starts a run, or one for each combination of a sweep, once all of them are checked; returns the first.

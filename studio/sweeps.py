@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
-from core import LoRAConfig, LoRAError, TrainConfig, settings
+from core import Config, LoRAConfig, LoRAError, MethodConfig, TrainConfig, settings
 from studio.specs import RunSpec
 
 MOST = 200
@@ -17,14 +17,14 @@ def changed(spec: RunSpec, values: dict[str, str]) -> RunSpec:
     Raises:
         LoRAError: A setting does not exist, or a value is out of range.
     """
-    parts = {"lora": spec.lora.to_dict(), "train": spec.train.to_dict()}
+    parts = {part: getattr(spec, part).to_dict() for part in _PARTS}
     homes = {s.name: (part, s) for part, config in _PARTS.items() for s in settings(config)}
     for name, text in values.items():
         if name not in homes:
             raise LoRAError(f"`{name}` (={text!r}) must be a setting; there are {', '.join(homes)}.")
         part, setting = homes[name]
         parts[part][name] = setting.parse(text)
-    return replace(spec, lora=LoRAConfig.from_dict(parts["lora"]), train=TrainConfig.from_dict(parts["train"]))
+    return replace(spec, **{part: config.from_dict(parts[part]) for part, config in _PARTS.items()})
 
 
 def parse(lines: Sequence[str]) -> dict[str, list[str]]:
@@ -66,4 +66,4 @@ def grid(spec: RunSpec, values: dict[str, list[str]]) -> list[RunSpec]:
     return made
 
 
-_PARTS: dict[str, type[LoRAConfig] | type[TrainConfig]] = {"lora": LoRAConfig, "train": TrainConfig}
+_PARTS: dict[str, type[Config]] = {"lora": LoRAConfig, "method": MethodConfig, "train": TrainConfig}

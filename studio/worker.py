@@ -22,6 +22,7 @@ import torch
 
 from core import (
     Adapter,
+    Baseline,
     Checkpoint,
     Evaluated,
     Event,
@@ -41,8 +42,8 @@ from core import (
     is_of_memory,
     peak_memory_bytes,
     resolve_devices,
-    resolve_dtype,
     train,
+    trained_of,
 )
 from studio import data, launcher, models, setup
 from studio.checkpoints import best, share_adapter
@@ -114,7 +115,7 @@ class _Keeper:
                 sys.exit("The process that held the run's lock is gone.")
             self._writer.write(event)
 
-    def adapter(self, make: Callable[[], Adapter]) -> None:
+    def adapter(self, make: Callable[[], Adapter | Baseline]) -> None:
         if self._writer:
             make().save(self._run.adapter_folder)
 
@@ -200,7 +201,8 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
     together = f", in {world.size} processes" if world.size > 1 else ""
     if spec.train.shard_weights:
         together += " that share the frozen weights out among them" if world.size > 1 else ""
-    note(f"Training {injection.num_trainable:,} parameters in {len(injection.targets)} matrices{together}")
+    where = f"in {len(injection.targets)} matrices" if injection.targets else f"by {spec.method.title}"
+    note(f"Training {injection.num_trainable:,} parameters {where}{together}")
 
     num_rows = spec.train.batch_size * world.size
     if start and spec.continues:  # of a run that may have trained more matrices
@@ -212,14 +214,16 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
     rest = batches.after(start.num_rows if start else 0)
     training = train(model, rest, spec.train, eval_batches=evaluation, start=start, world=world)
     try:
-        _drain(run, keeper, training, lambda: Adapter.from_model(model, base_model=spec.model), world)
+        _drain(run, keeper, training, lambda: trained_of(model, base_model=spec.model), world)
     except NonFiniteLossError as error:
         numbers = batches.rows(training.num_rows, error.batch)
         rows = tuple(sorted(numbers[row] for row in error.rows))
         raise NonFiniteLossError.of(error.what, error.step, rows=rows, among="the data", where=error.where) from error
 
 
-def _drain(run: Run, keeper: _Keeper, training: Training, adapter: Callable[[], Adapter], world: World) -> None:
+def _drain(
+    run: Run, keeper: _Keeper, training: Training, adapter: Callable[[], Adapter | Baseline], world: World
+) -> None:
     """Writes what training says, and what it has made, until it ends or is asked to."""
     config, saved_time = run.spec.train, time.monotonic()
     adapter_step, checkpoint_step = 0, training.step  # at the start there is no adapter worth saving
@@ -303,9 +307,9 @@ def _predicted_bytes(run: Run) -> dict[str, int]:
 
     def forecast(spec: RunSpec) -> MemoryForecast:
         devices = resolve_devices(spec.train.device)
-        dtype = resolve_dtype(spec.train.precision, devices[0])
-        prepare, num_devices = setup.preparation(spec), len(devices)
-        return forecast_memory(skeleton, spec.lora, spec.train, dtype, prepare=prepare, num_devices=num_devices)
+        dtype, prepare = setup.weights_dtype(spec, devices[0]), setup.preparation(spec)
+        settings = {"method": spec.method, "prepare": prepare, "num_devices": len(devices)}
+        return forecast_memory(skeleton, spec.lora, spec.train, dtype, **settings)
 
     try:
         skeleton = models.skeleton(run.spec.model, Workspace(run.workspace_root))

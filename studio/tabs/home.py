@@ -15,7 +15,7 @@ from studio.checkpoints import ADAPTER_FILES
 from studio.export import DTYPES, KINDS, Choice
 from studio.export_jobs import Job
 from studio.model_files import STARTER
-from studio.runs import Run
+from studio.runs import Run, no_update
 from studio.state import Studio
 
 LOOK_SECONDS = 1.5
@@ -36,6 +36,8 @@ def view(run: Run | None) -> str:
         return theme.said("No run is chosen. Train one, or bring one in below.")
     if not run.has_adapter:
         return theme.said("This run has no adapter yet; it is saved at the first evaluation and at the end.")
+    if not run.has_lora:
+        return theme.said(no_update(run))
     jobs = export_jobs.jobs_of(run)
     if not jobs:
         report = capsule.certificate_of(run)
@@ -171,7 +173,7 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
         status = jobs[0].status if jobs else ""
         return (
             view(found),
-            gr.Button(interactive=bool(found and found.has_adapter and status != "running")),
+            gr.Button(interactive=bool(found and found.has_lora and status != "running")),
             gr.Button(interactive=status == "running"),
             gr.Button(interactive=status == "done"),
             gr.Timer(active=status == "running"),

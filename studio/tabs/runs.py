@@ -9,12 +9,13 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from core import LoRAError
+from core import LoRAError, MethodConfig, settings
 from studio import theme
 from studio.runs import Run
+from studio.specs import RunSpec
 from studio.state import Studio
 
-HEADER = ["Name", "Status", "Made", "Model", "Data", "r", "Steps", "Held-out loss", "Training loss"]
+HEADER = ["Name", "Status", "Made", "Model", "Data", "Method", "r", "Steps", "Held-out loss", "Training loss"]
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -23,7 +24,7 @@ def row(run: Run) -> list[str]:
     try:
         status, spec, log = run.status, run.spec, run.log
     except LoRAError as error:
-        return [run.id, "damaged", "", "", str(error), "", "", "", ""]
+        return [run.id, "damaged", "", "", str(error), "", "", "", "", ""]
     done = log.steps[-1].step if log.steps else 0
     losses = [e.loss for e in log.evaluations]
     return [
@@ -32,7 +33,8 @@ def row(run: Run) -> list[str]:
         f"{run.created:%Y-%m-%d %H:%M}",
         Path(spec.model).name,
         Path(spec.data.source).name.removeprefix("starter:"),
-        str(spec.lora.r),
+        spec.method.title,
+        str(spec.lora.r) if spec.method.method == "lora" else "",
         f"{done} / {spec.train.steps}",
         f"{losses[0]:.3f} → {losses[-1]:.3f}" if len(losses) > 1 else "",
         sparkline(log.steps.columns()["loss"]),
@@ -77,20 +79,30 @@ def sparkline(values: Sequence[float] | np.ndarray, width: int = 16) -> str:
 def details(run: Run) -> str:
     """Returns HTML of a run's settings."""
     spec = run.spec
-    targets = spec.lora.target_modules
     return theme.facts(
         [
             ("Id", run.id),
             ("Model", spec.model),
             ("Data", spec.data.source),
-            ("Target matrices", targets if isinstance(targets, str) else ", ".join(targets)),
-            ("r, alpha, dropout", f"{spec.lora.r}, {spec.lora.alpha:g}, {spec.lora.dropout:g}"),
+            *_method(spec),
             ("Steps × batch", f"{spec.train.steps} × {spec.train.batch_size * spec.train.accumulation}"),
             ("Learning rate", f"{spec.train.learning_rate:g}, {spec.train.schedule}"),
             ("Seed", str(spec.train.seed)),
             *([("Begins with", spec.continues)] if spec.continues else []),
         ]
     ) + theme.command("Train the same again", command(run))
+
+
+def _method(spec: RunSpec) -> list[tuple[str, str]]:
+    """Returns what of a model a run trains, as pairs of words."""
+    method, targets = spec.method, spec.lora.target_modules
+    if method.method != "lora":
+        own = [f"{s.label} {getattr(method, s.name)}" for s in settings(MethodConfig) if method.method in s.only]
+        return [("Method", ", ".join([method.title, *own]))]
+    return [
+        ("Target matrices", targets if isinstance(targets, str) else ", ".join(targets)),
+        ("r, alpha, dropout", f"{spec.lora.r}, {spec.lora.alpha:g}, {spec.lora.dropout:g}"),
+    ]
 
 
 def command(run: Run) -> str:

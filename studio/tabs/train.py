@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from core import Failed, Finished, LoRAError, TrainConfig, gpus, settings
+from core import Failed, Finished, LoRAError, MethodConfig, TrainConfig, gpus, settings
 from studio import jobs, live, theme
 from studio.checkpoints import best
 from studio.event_log import EventLog
@@ -46,6 +46,7 @@ class TrainTab:
         name: Of the run to start.
         sweep: The lines of a sweep.
         form: The training settings.
+        method: What is trained: LoRA, or what its paper compares it with.
         actions: Name → button, for the run that is shown.
         remedies: Buttons for what may help a run that failed.
         num_further: How many steps to train further.
@@ -57,6 +58,7 @@ class TrainTab:
     name: Any
     sweep: Any
     form: Form
+    method: Form
     actions: dict[str, Any]
     remedies: list[Any]
     num_further: Any
@@ -198,6 +200,8 @@ def status_view(run: Run, status: str) -> str:
         f'aria-label="Training progress"><span style="width:{100 * step / steps:.1f}%"></span></div>'
     )
     pairs = [("Step", f"{step} of {steps}")]
+    if spec.method.method != "lora":
+        pairs.append(("Method", spec.method.title))
     if status == "running" and log.steps:
         pairs.append(("Time left", duration(seconds_left(run))))
     if log.steps:
@@ -242,6 +246,8 @@ def _state_words(run: Run, status: str) -> tuple[list[str], str]:
     if reason == "early":
         lowest = best([(e.step, e.loss) for e in log.evaluations])
         return [f"Ended early: the held-out loss rose. The adapter saved is that of step {lowest}."], ""
+    if run.has_adapter and not run.has_lora:
+        return [f"What {run.spec.method.title} trained is saved. Chat with it; it has no ΔW, and so no spectrum."], ""
     return (["The adapter is saved. Look at its spectrum, or chat with it."] if run.has_adapter else []), ""
 
 
@@ -269,6 +275,7 @@ def build() -> TrainTab:
         with gr.Column(scale=4, min_width=320):
             gr.Markdown("### Settings")
             name = gr.Textbox(value="My first adapter", label="Name of the run", max_lines=1, elem_id="run-name")
+            method = Form(MethodConfig)
             form = Form(
                 TrainConfig, [s.name for s in settings(TrainConfig) if s.name != "max_length"]
             )  # stands in Data
@@ -313,7 +320,7 @@ def build() -> TrainTab:
             gr.HTML('<div id="charts"></div>')
             with gr.Accordion("Worker's log", open=False):
                 gr.HTML('<pre id="worker-log"></pre>')
-    return TrainTab(start, name, sweep, form, buttons, helpful, number, chosen, part)
+    return TrainTab(start, name, sweep, form, method, buttons, helpful, number, chosen, part)
 
 
 def gpu_choices() -> Any:

@@ -10,6 +10,7 @@ import gradio as gr
 from core import LoRAError
 from studio import theme
 from studio.opened import Opened, Source
+from studio.runs import no_update
 from studio.state import Studio
 from studio.tabs.spectrum.frame import PRIVATE
 
@@ -91,6 +92,8 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, An
     def of_run(run: str | None) -> Any:
         if not run or not studio.runs.get(run).has_adapter:
             return None, theme.said("No adapter yet. Train one, and this page shows what it learned."), gr.skip()
+        if not studio.runs.get(run).has_lora:
+            return None, theme.said(no_update(studio.runs.get(run))), gr.skip()
         return look(Source(run), None)
 
     def look(wanted: Source, chosen: str | None) -> Any:

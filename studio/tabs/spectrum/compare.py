@@ -80,7 +80,7 @@ def choices(studio: Studio, opened: Opened, files: tuple[Source, ...]) -> list[t
     if opened.run is not None:
         steps = [step for step in opened.run.checkpoints.steps() if step != own.step]
         found += [(f"This run at step {step}", f"run:{opened.run.id}@{step}") for step in steps]
-    runs = [run for run in studio.runs.list() if run.has_adapter and run.id != own.run]
+    runs = [run for run in studio.runs.list() if run.has_lora and run.id != own.run]
     found += [(f"{run.spec.name} · {run.created:%d %b %H:%M}", f"run:{run.id}") for run in runs]
     found += [(Path(one.path).name, f"file:{place}") for place, one in enumerate(files) if one != own]
     return found
@@ -146,9 +146,9 @@ def twin(studio: Studio, run: Run | None) -> Run | None:
 
     def key(values: dict[str, Any]) -> Any:
         train = {name: value for name, value in values["train"].items() if name != "seed"}
-        return values["model"], values["data"], values["lora"], train
+        return values["model"], values["data"], values["lora"], values["method"], train
 
-    others = (other for other in studio.runs.list() if other.id != run.id and other.has_adapter)
+    others = (other for other in studio.runs.list() if other.id != run.id and other.has_lora)
     return next(
         (o for o in others if o.spec.train.seed != run.spec.train.seed and key(o.spec.to_dict()) == key(own)), None
     )
