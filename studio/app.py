@@ -17,6 +17,7 @@ from starlette.middleware import Middleware
 from core import LoRAError, TrainConfig, resolve_device
 from studio import doors, jobs, theme, watch
 from studio.data import DataSpec
+from studio.generating import EvaluationSpec
 from studio.remedies import remedies
 from studio.runs import Run
 from studio.specs import RunSpec
@@ -74,6 +75,8 @@ def _wire(
 ) -> None:
     num_model, num_data = len(model_tab.inputs), len(data_tab.inputs)
     inputs = [*model_tab.inputs, *data_tab.inputs, data_tab.max_length, *train_tab.form.widgets]
+    inputs += train_tab.evaluation.widgets
+    num_train = len(train_tab.form.widgets)
 
     def opened(request: gr.Request) -> Any:
         listed = studio.runs.list()
@@ -102,8 +105,9 @@ def _wire(
         chosen, lora = model.parse(model_tab.form, list(values[:num_model]))
         read_rows = data.parse(data_tab.form, list(values[num_model : num_model + num_data])) if rows else DataSpec()
         longest, *rest = values[num_model + num_data :]
-        settings = TrainConfig.from_dict(train_tab.form.values(rest) | {"max_length": longest})
-        return RunSpec("Untitled", chosen, read_rows, lora, settings)
+        settings = TrainConfig.from_dict(train_tab.form.values(rest[:num_train]) | {"max_length": longest})
+        evaluation = EvaluationSpec.from_dict(train_tab.evaluation.values(rest[num_train:]))
+        return RunSpec("Untitled", chosen, read_rows, lora, settings, evaluation)
 
     def begin(name: str, sweep: str, look: Any, *values: Any) -> Any:
         spec = read(*values)

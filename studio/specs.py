@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from core import LoRAConfig, LoRAError, TrainConfig, quoted, read_json
 from studio.data import DataSpec
+from studio.generating import EvaluationSpec
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class RunSpec:
         data: Which rows, and how they become tokens.
         lora: What is adapted.
         train: How it is trained.
+        evaluation: Whether its answers are measured by a task, beside the loss.
         continues: The run, and the step of its checkpoint, that this one began with: "RUN@40"; "" for none.
     """
 
@@ -27,6 +29,7 @@ class RunSpec:
     data: DataSpec = field(default_factory=DataSpec)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     continues: str = ""
 
     @classmethod
@@ -38,7 +41,7 @@ class RunSpec:
         """
         if not isinstance(values, dict):
             raise LoRAError(f"A spec must be a table with name, model, data, lora, train; not {type(values).__name__}.")
-        unknown = set(values) - {"name", "model", "data", "lora", "train", "continues"}
+        unknown = set(values) - {"name", "model", "data", "lora", "train", "evaluation", "continues"}
         if unknown:
             raise LoRAError(
                 f"A spec has no part {', '.join(sorted(map(str, unknown)))}; it has name, model, data, lora, train."
@@ -48,7 +51,7 @@ class RunSpec:
                 raise LoRAError(f"`{part}` (={quoted(values[part])}) must be text.")
         if not re.fullmatch(r"([\w-]+@\d{1,12})?", str(values.get("continues", ""))):
             raise LoRAError(f"`continues` (={quoted(values['continues'])}) must be RUN@STEP, as the studio writes it.")
-        parts = {"data": DataSpec, "lora": LoRAConfig, "train": TrainConfig}
+        parts = {"data": DataSpec, "lora": LoRAConfig, "train": TrainConfig, "evaluation": EvaluationSpec}
         return cls(**{k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
 
     @classmethod
@@ -74,5 +77,6 @@ class RunSpec:
             "data": self.data.to_dict(),
             "lora": self.lora.to_dict(),
             "train": self.train.to_dict(),
+            **({"evaluation": self.evaluation.to_dict()} if self.evaluation != EvaluationSpec() else {}),
             **({"continues": self.continues} if self.continues else {}),
         }

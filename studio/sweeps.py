@@ -3,8 +3,10 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from core import LoRAConfig, LoRAError, TrainConfig, settings
+from core import Config, LoRAConfig, LoRAError, TrainConfig, settings
+from studio.generating import EvaluationSpec
 from studio.specs import RunSpec
 
 MOST = 200
@@ -17,14 +19,15 @@ def changed(spec: RunSpec, values: dict[str, str]) -> RunSpec:
     Raises:
         LoRAError: A setting does not exist, or a value is out of range.
     """
-    parts = {"lora": spec.lora.to_dict(), "train": spec.train.to_dict()}
-    homes = {s.name: (part, s) for part, config in _PARTS.items() for s in settings(config)}
+    parts = {name: getattr(spec, name).to_dict() for name in PARTS}
+    homes = {s.name: (part, s) for part, config in PARTS.items() for s in settings(config)}
     for name, text in values.items():
         if name not in homes:
             raise LoRAError(f"`{name}` (={text!r}) must be a setting; there are {', '.join(homes)}.")
         part, setting = homes[name]
         parts[part][name] = setting.parse(text)
-    return replace(spec, lora=LoRAConfig.from_dict(parts["lora"]), train=TrainConfig.from_dict(parts["train"]))
+    made: dict[str, Any] = {name: PARTS[name].from_dict(values) for name, values in parts.items()}
+    return replace(spec, **made)
 
 
 def parse(lines: Sequence[str]) -> dict[str, list[str]]:
@@ -66,4 +69,5 @@ def grid(spec: RunSpec, values: dict[str, list[str]]) -> list[RunSpec]:
     return made
 
 
-_PARTS: dict[str, type[LoRAConfig] | type[TrainConfig]] = {"lora": LoRAConfig, "train": TrainConfig}
+PARTS: dict[str, type[Config]] = {"lora": LoRAConfig, "train": TrainConfig, "evaluation": EvaluationSpec}
+"""The parts of a spec whose settings have names of their own among all."""
