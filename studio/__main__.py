@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core import METHODS, Failed, LoRAConfig, LoRAError, MethodConfig, TrainConfig, gpus, resolve_device, settings
-from studio import analysis, home_commands
+from core import METHODS, Failed, LoRAError, gpus, resolve_device, settings
+from studio import analysis, evaluate_command, home_commands
+from studio.specs import PARTS
 from studio.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     commands_for_runs(command)
     analysis.add_commands(command)
     home_commands.add_commands(of_runs(command))
+    evaluate_command.add_command(of_runs(command))
     api = command("serve-api", _serve_api, "Serve adapters to OpenAI's clients, on this machine only.")
     api.add_argument(
         "adapters", metavar="ADAPTER", nargs="+", help="a run's id, or how it begins, or a folder; NAME=… names it"
@@ -119,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_spec(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     parser.add_argument("spec", metavar="SPEC", type=Path, nargs=nargs, help="a JSON file like the spec.json of a run")
-    for config in (LoRAConfig, MethodConfig, TrainConfig):
+    for config in PARTS.values():
         group = parser.add_argument_group(f"settings that go before those of SPEC ({config.__name__})")
         for s in settings(config):
             metavar = "{" + ",".join(s.choices) + "}" if s.choices else "X"
@@ -247,9 +249,9 @@ def _spec(args: argparse.Namespace) -> "RunSpec":
     from studio.specs import RunSpec
 
     spec = (RunSpec.read(args.spec) if args.spec is not None else RunSpec()).to_dict()
-    for part, config in (("lora", LoRAConfig), ("method", MethodConfig), ("train", TrainConfig)):
+    for part, config in PARTS.items():
         given = [(s, getattr(args, s.name)) for s in settings(config)]
-        spec[part] |= {s.name: s.parse(text) for s, text in given if text is not None}
+        spec[part] = spec.get(part, {}) | {s.name: s.parse(text) for s, text in given if text is not None}
     return RunSpec.from_dict(spec)
 
 

@@ -17,6 +17,7 @@ from starlette.middleware import Middleware
 from core import LoRAError, MethodConfig, TrainConfig, resolve_device
 from studio import doors, jobs, theme, watch
 from studio.data import DataSpec
+from studio.generating import EvaluationSpec
 from studio.remedies import remedies
 from studio.runs import Run
 from studio.specs import RunSpec
@@ -74,7 +75,8 @@ def _wire(
 ) -> None:
     num_model, num_data = len(model_tab.inputs), len(data_tab.inputs)
     inputs = [*model_tab.inputs, *data_tab.inputs, data_tab.max_length, *train_tab.form.widgets]
-    inputs += train_tab.method.widgets
+    inputs += train_tab.method.widgets + train_tab.evaluation.widgets
+    num_train, num_method = len(train_tab.form.widgets), len(train_tab.method.widgets)
 
     def opened(request: gr.Request) -> Any:
         listed = studio.runs.list()
@@ -103,10 +105,10 @@ def _wire(
         chosen, lora = model.parse(model_tab.form, list(values[:num_model]))
         read_rows = data.parse(data_tab.form, list(values[num_model : num_model + num_data])) if rows else DataSpec()
         longest, *rest = values[num_model + num_data :]
-        num_train = len(train_tab.form.widgets)
         settings = TrainConfig.from_dict(train_tab.form.values(rest[:num_train]) | {"max_length": longest})
-        method = MethodConfig.from_dict(train_tab.method.values(rest[num_train:]))
-        return RunSpec("Untitled", chosen, read_rows, lora, settings, method=method)
+        method = MethodConfig.from_dict(train_tab.method.values(rest[num_train : num_train + num_method]))
+        evaluation = EvaluationSpec.from_dict(train_tab.evaluation.values(rest[num_train + num_method :]))
+        return RunSpec("Untitled", chosen, read_rows, lora, settings, evaluation, method=method)
 
     def begin(name: str, sweep: str, look: Any, *values: Any) -> Any:
         spec = read(*values)

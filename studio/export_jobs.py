@@ -64,6 +64,8 @@ def start(run: Run, choice: Choice) -> Job:
     Raises:
         LoRAError: One of the same kind is going on, the run has no adapter, or its folder cannot be written.
     """
+    if not run.has_adapter:
+        raise LoRAError(f"Run {run.id} has no adapter yet; it is saved at the first evaluation and at the end.")
     if not run.has_lora:
         raise LoRAError(no_update(run))
     job = Job(run, run.folder / "exports" / "-".join(filter(None, (choice.kind, choice.dtype))))

@@ -301,7 +301,8 @@ def as_line(event: Event) -> str | None:
     if isinstance(event, Resumed):
         return f"Taken up again after step {event.step}"
     if isinstance(event, Evaluated):
-        return f"step {event.step:>5}  held-out loss {event.loss:.4f}  ({event.num_trained_tokens} tokens)"
+        scores = "".join(f"  {name} {value:.4f}" for name, value in event.metrics.items())
+        return f"step {event.step:>5}  held-out loss {event.loss:.4f}  ({event.num_trained_tokens} tokens){scores}"
     if isinstance(event, Finished):
         return (
             f"{event.reason.capitalize()} after step {event.step}; peak memory {event.peak_memory_bytes / 1e9:.2f} GB"

@@ -13,6 +13,7 @@ from studio.conversation import prompt
 from studio.mapping import Message
 from studio.metrics import METRICS
 from studio.runs import Run
+from studio.specs import RunSpec
 from studio.tables import Table
 
 MAX_FILE_BYTES = 5_000_000
@@ -24,37 +25,53 @@ class Case(NamedTuple):
     Attributes:
         text: As a person reads it.
         content: As the model is asked.
-        reference: The answer that was wanted; "" where none is known.
+        references: Answers that were wanted; empty where none is known.
     """
 
     text: str
     content: list[Message] | str
-    reference: str = ""
+    references: tuple[str, ...] = ()
 
 
-def held_out(run: Run, table: Table, tokenizer: Any, num: int) -> list[Case]:
-    """Returns the first rows that the run held out of its training, at most `num`.
+def held_out(spec: RunSpec, table: Table, tokenizer: Any, num: int, *, answer_after: str = "") -> list[Case]:
+    """Returns the first prompts that a run holds out of its training, at most `num`.
+
+    Rows with one prompt are one case with several references.
+
+    Args:
+        spec: The run's.
+        table: Its rows.
+        tokenizer: Its model's.
+        num: The most prompts.
+        answer_after: In plain text, what stands before the answer; without it the second half is taken for that.
 
     Raises:
         LoRAError: The run holds none out, or its rows cannot be read.
     """
-    survey = data.Survey(table, run.spec.data, tokenizer, run.spec.train.seed)
+    survey = data.Survey(table, spec.data, tokenizer, spec.train.seed)
     for _ in survey.read():
         pass
-    places = survey.split(run.spec.train.max_length).evaluation[:num].tolist()
-    if not places:
-        raise LoRAError(f"“{run.spec.name}” holds no rows out; give a file with prompts instead.")
-    cases = []
-    for place in places:
+    cases: dict[str, Case] = {}
+    for place in survey.split(spec.train.max_length).evaluation.tolist():
         row = survey.row(place)
-        content = data.prompt_messages(row, run.spec.data)
+        content, reference = data.prompt_messages(row, spec.data), data.reference(row, spec.data)
+        if answer_after and isinstance(content, str) and answer_after in content + reference:
+            before, mark, answer = (content + reference).rpartition(answer_after)
+            content, reference = before + mark, answer.strip()
         text = content if isinstance(content, str) else content[-1]["content"]
-        cases.append(Case(text, content, data.reference(row, run.spec.data)))
-    return cases
+        key = json.dumps(content)
+        if key in cases or len(cases) < num:
+            known = cases.get(key, Case(text, content))
+            cases[key] = known._replace(references=(*known.references, reference))
+    if not cases:
+        raise LoRAError(f"“{spec.name}” holds no rows out; give a file with prompts instead.")
+    return list(cases.values())
 
 
 def from_file(path: Path, run: Run, num: int) -> list[Case]:
     """Returns the prompts of a file, at most `num`: one a line, or JSON lines with "prompt" and perhaps "reference".
+
+    A reference is a text, or a list of texts that are as good as each other.
 
     Each is put as the run's rows were.
 
@@ -72,8 +89,8 @@ def from_file(path: Path, run: Run, num: int) -> list[Case]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        text, reference = _parsed(line, f"{path.name}, line {number}") if line.lstrip().startswith("{") else (line, "")
-        cases.append(Case(text, prompt(run, text), reference))
+        text, wanted = _parsed(line, f"{path.name}, line {number}") if line.lstrip().startswith("{") else (line, ())
+        cases.append(Case(text, prompt(run, text), wanted))
         if len(cases) == num:
             break
     if not cases:
@@ -81,9 +98,9 @@ def from_file(path: Path, run: Run, num: int) -> list[Case]:
     return cases
 
 
-def scores(answer: str, reference: str) -> dict[str, float]:
+def scores(answer: str, references: Sequence[str]) -> dict[str, float]:
     """Returns metric → value; without a reference, none."""
-    return {name: metric(answer, [reference]) for name, metric in METRICS.items()} if reference else {}
+    return {name: metric(answer, references) for name, metric in METRICS.items()} if references else {}
 
 
 def means(all_scores: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -99,12 +116,13 @@ def to_csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return file.getvalue()
 
 
-def _parsed(line: str, where: str) -> tuple[str, str]:
+def _parsed(line: str, where: str) -> tuple[str, tuple[str, ...]]:
     try:
         value = json.loads(line)
-        text, reference = value["prompt"], value.get("reference", "")
+        text, found = value["prompt"], value.get("reference", [])
     except (ValueError, KeyError, RecursionError) as error:
         raise LoRAError(f'{where} must be JSON with a "prompt" ({type(error).__name__}: {error}).') from error
-    if not isinstance(text, str) or not isinstance(reference, str):
-        raise LoRAError(f'{where} must hold text as "prompt" and, if any, as "reference".')
-    return text, reference
+    references = [found] if isinstance(found, str) else found
+    if not (isinstance(text, str) and isinstance(references, list) and all(isinstance(r, str) for r in references)):
+        raise LoRAError(f'{where} must hold text as "prompt" and, if any, as "reference", or a list of texts there.')
+    return text, tuple(reference for reference in references if reference)

@@ -10,6 +10,7 @@ stop           there when somebody asked the worker to end: holds "stopped" or "
 data.json      SHA-256 of each source of its rows, as of the first start
 queued         there while the run waits for its turn: holds its place in the queue
 imported       there when the adapter came from elsewhere: says from what
+evaluations/   answers to held-out prompts, and what they scored (see `studio.evaluation`)
 exports/       what was made of the adapter to take home (see `studio.export`)
 """
 

@@ -5,10 +5,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from core import LoRAConfig, LoRAError, MethodConfig, TrainConfig, quoted, read_json
+from core import Config, LoRAConfig, LoRAError, MethodConfig, TrainConfig, quoted, read_json
 from studio.data import DataSpec
+from studio.generating import EvaluationSpec
 
 MIN_ROW_LENGTH = 8
+
+PARTS: dict[str, type[Config]] = {
+    "lora": LoRAConfig,
+    "method": MethodConfig,
+    "train": TrainConfig,
+    "evaluation": EvaluationSpec,
+}
+"""The parts of a spec whose settings have names of their own among all."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,7 @@ class RunSpec:
         data: Which rows, and how they become tokens.
         lora: What is adapted.
         train: How it is trained.
+        evaluation: Whether its answers are measured by a task, beside the loss.
         continues: The run, and the step of its checkpoint, that this one began with: "RUN@40"; "" for none.
         method: What is trained: LoRA, or what its paper compares it with.
     """
@@ -30,6 +40,7 @@ class RunSpec:
     data: DataSpec = field(default_factory=DataSpec)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     continues: str = ""
     method: MethodConfig = field(default_factory=MethodConfig)
 
@@ -40,22 +51,18 @@ class RunSpec:
         Raises:
             LoRAError: A part does not exist or is out of range.
         """
+        names = ["name", "model", "data", *PARTS]
         if not isinstance(values, dict):
-            raise LoRAError(
-                f"A spec must be a table with name, model, data, lora, method, train; not {type(values).__name__}."
-            )
-        unknown = set(values) - {"name", "model", "data", "lora", "method", "train", "continues"}
+            raise LoRAError(f"A spec must be a table with {', '.join(names)}; not {type(values).__name__}.")
+        unknown = set(values) - {*names, "continues"}
         if unknown:
-            raise LoRAError(
-                f"A spec has no part {', '.join(sorted(map(str, unknown)))}; "
-                "it has name, model, data, lora, method, train."
-            )
+            raise LoRAError(f"A spec has no part {', '.join(sorted(map(str, unknown)))}; it has {', '.join(names)}.")
         for part in ("name", "model"):
             if part in values and not (isinstance(values[part], str) and values[part].strip()):
                 raise LoRAError(f"`{part}` (={quoted(values[part])}) must be text.")
         if not re.fullmatch(r"([\w-]+@\d{1,12})?", str(values.get("continues", ""))):
             raise LoRAError(f"`continues` (={quoted(values['continues'])}) must be RUN@STEP, as the studio writes it.")
-        parts = {"data": DataSpec, "lora": LoRAConfig, "method": MethodConfig, "train": TrainConfig}
+        parts = {"data": DataSpec, **PARTS}
         return cls(**{k: parts[k].from_dict(v) if k in parts else v for k, v in values.items()})
 
     @classmethod
@@ -97,5 +104,6 @@ class RunSpec:
             "lora": self.lora.to_dict(),
             "method": self.method.to_dict(),
             "train": self.train.to_dict(),
+            **({"evaluation": self.evaluation.to_dict()} if self.evaluation != EvaluationSpec() else {}),
             **({"continues": self.continues} if self.continues else {}),
         }

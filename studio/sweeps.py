@@ -3,9 +3,10 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from core import Config, LoRAConfig, LoRAError, MethodConfig, TrainConfig, settings
-from studio.specs import RunSpec
+from core import LoRAError, settings
+from studio.specs import PARTS, RunSpec
 
 MOST = 200
 """Runs that one sweep may make: more is more likely a slip of the hand than a wish."""
@@ -17,14 +18,15 @@ def changed(spec: RunSpec, values: dict[str, str]) -> RunSpec:
     Raises:
         LoRAError: A setting does not exist, or a value is out of range.
     """
-    parts = {part: getattr(spec, part).to_dict() for part in _PARTS}
-    homes = {s.name: (part, s) for part, config in _PARTS.items() for s in settings(config)}
+    parts = {part: getattr(spec, part).to_dict() for part in PARTS}
+    homes = {s.name: (part, s) for part, config in PARTS.items() for s in settings(config)}
     for name, text in values.items():
         if name not in homes:
             raise LoRAError(f"`{name}` (={text!r}) must be a setting; there are {', '.join(homes)}.")
         part, setting = homes[name]
         parts[part][name] = setting.parse(text)
-    return replace(spec, **{part: config.from_dict(parts[part]) for part, config in _PARTS.items()})
+    made: dict[str, Any] = {part: PARTS[part].from_dict(values) for part, values in parts.items()}
+    return replace(spec, **made)
 
 
 def parse(lines: Sequence[str]) -> dict[str, list[str]]:
@@ -64,6 +66,3 @@ def grid(spec: RunSpec, values: dict[str, list[str]]) -> list[RunSpec]:
         words = ", ".join(f"{name} {value}" for name, value in own.items())
         made.append(changed(replace(spec, name=f"{spec.name} · {words}") if own else spec, own))
     return made
-
-
-_PARTS: dict[str, type[Config]] = {"lora": LoRAConfig, "method": MethodConfig, "train": TrainConfig}

@@ -14,9 +14,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,6 +48,7 @@ from core import (
 )
 from studio import data, launcher, models, setup
 from studio.checkpoints import best, share_adapter
+from studio.evaluation import Evaluator
 from studio.event_log import EventWriter
 from studio.remedies import for_memory
 from studio.runs import KILLED, Run
@@ -197,6 +199,7 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
     prepared, pad = setup.rows_of(spec, workspace, world, note, is_begun=start is not None)
     for source in run.note_data(prepared.hashes) if world.is_first else ():
         note(f"{source} has changed since this run first read it; from here on it trains on other rows")
+    evaluator = Evaluator(run, workspace, world) if spec.evaluation.is_on else None
     model, injection = setup.adapted_model(spec, workspace, world, device, note)
     together = f", in {world.size} processes" if world.size > 1 else ""
     if spec.train.shard_weights:
@@ -214,15 +217,31 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
     rest = batches.after(start.num_rows if start else 0)
     training = train(model, rest, spec.train, eval_batches=evaluation, start=start, world=world)
     try:
-        _drain(run, keeper, training, lambda: trained_of(model, base_model=spec.model), world)
+        events = (_measured(event, training, model, evaluator) for event in training)
+        _drain(run, keeper, training, events, lambda: trained_of(model, base_model=spec.model), world)
     except NonFiniteLossError as error:
         numbers = batches.rows(training.num_rows, error.batch)
         rows = tuple(sorted(numbers[row] for row in error.rows))
         raise NonFiniteLossError.of(error.what, error.step, rows=rows, among="the data", where=error.where) from error
 
 
+def _measured(event: Event, training: Training, model: Any, evaluator: Evaluator | None) -> Event:
+    """Returns an event, an evaluation with the task's metrics, by which it is then compared with others."""
+    if evaluator is None or not isinstance(event, Evaluated):
+        return event
+    log.info("Generating answers to held-out prompts …")
+    event = evaluator(model, event)
+    training.evaluations[-1] = (event.step, event.to_minimize)
+    return event
+
+
 def _drain(
-    run: Run, keeper: _Keeper, training: Training, adapter: Callable[[], Adapter | Baseline], world: World
+    run: Run,
+    keeper: _Keeper,
+    training: Training,
+    events: Iterable[Event],
+    adapter: Callable[[], Adapter | Baseline],
+    world: World,
 ) -> None:
     """Writes what training says, and what it has made, until it ends or is asked to."""
     config, saved_time = run.spec.train, time.monotonic()
@@ -251,7 +270,7 @@ def _drain(
             or (isinstance(event, Evaluated) and training.step == best(training.evaluations))
         )
 
-    for event in training:
+    for event in events:
         # The adapter is there before its evaluation, or the end, is told: who reads "finished" finds it.
         if isinstance(event, Finished):
             save_adapter()
@@ -262,7 +281,8 @@ def _drain(
             save_adapter()
         keeper.say(event)
         if isinstance(event, Evaluated):
-            log.info("step %d: loss %.4f on held-out rows", event.step, event.loss)
+            scores = "".join(f", {name} {value:.4f}" for name, value in event.metrics.items())
+            log.info("step %d: loss %.4f on held-out rows%s", event.step, event.loss, scores)
         reason, due = world.agree((run.stop_asked if isinstance(event, Step) else "", is_due(event)))
         if reason or due:
             checkpoint()

@@ -93,8 +93,8 @@ def build(studio: Studio, run_id: Any, num: Any, sampling: list[Any], inputs: li
                 break
             texts = [str(tokenizer.decode(one.token_ids)) for one in last]
             for pane_scores, text in zip(found, texts, strict=True):
-                pane_scores.append(prompts.scores(text, case.reference))
-            rows.append([case.text, case.reference, *texts])
+                pane_scores.append(prompts.scores(text, case.references))
+            rows.append([case.text, "\n".join(case.references), *texts])
             yield [_progress(len(rows), len(cases)), _view(titles, rows), [titles, rows, found]]
         words = f"Cancelled after {len(rows)} of {len(cases)} prompts." if now.is_stopped else ""
         yield [_summary(titles, found, words), _view(titles, rows), [titles, rows, found]]
@@ -134,7 +134,7 @@ def _cases(studio: Studio, run: Run, kind: str, path: str | None, most: int) -> 
         return prompts.from_file(Path(path), run, most)
     spec = run.spec
     table = studio.table(spec.data.source, spec.data.eval_source)
-    return prompts.held_out(run, table, studio.tokenizer(spec.model), most)
+    return prompts.held_out(spec, table, studio.tokenizer(spec.model), most)
 
 
 def _view(titles: list[str], rows: list[list[Any]]) -> Any:

@@ -3,6 +3,7 @@
 import shlex
 import zipfile
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import gradio as gr
 import numpy as np
 
 from core import LoRAError, MethodConfig, settings
-from studio import theme
+from studio import evaluation, theme
+from studio.metrics import TASKS
 from studio.runs import Run
 from studio.specs import RunSpec
 from studio.state import Studio
@@ -79,18 +81,50 @@ def sparkline(values: Sequence[float] | np.ndarray, width: int = 16) -> str:
 def details(run: Run) -> str:
     """Returns HTML of a run's settings."""
     spec = run.spec
-    return theme.facts(
-        [
-            ("Id", run.id),
-            ("Model", spec.model),
-            ("Data", spec.data.source),
-            *_method(spec),
-            ("Steps × batch", f"{spec.train.steps} × {spec.train.batch_size * spec.train.accumulation}"),
-            ("Learning rate", f"{spec.train.learning_rate:g}, {spec.train.schedule}"),
-            ("Seed", str(spec.train.seed)),
-            *([("Begins with", spec.continues)] if spec.continues else []),
-        ]
-    ) + theme.command("Train the same again", command(run))
+    return (
+        theme.facts(
+            [
+                ("Id", run.id),
+                ("Model", spec.model),
+                ("Data", spec.data.source),
+                *_method(spec),
+                ("Steps × batch", f"{spec.train.steps} × {spec.train.batch_size * spec.train.accumulation}"),
+                ("Learning rate", f"{spec.train.learning_rate:g}, {spec.train.schedule}"),
+                ("Seed", str(spec.train.seed)),
+                *([("Begins with", spec.continues)] if spec.continues else []),
+            ]
+        )
+        + theme.command("Train the same again", command(run))
+        + measured(run)
+    )
+
+
+def measured(run: Run) -> str:
+    """Returns HTML of what the run's answers scored, the latest first, and what to type to measure them."""
+    try:
+        found = evaluation.kept(run)
+    except LoRAError as error:
+        return theme.said(str(error), "error")
+    tables = "".join(map(_table, reversed(found)))
+    task = run.spec.evaluation.evaluation_task if run.spec.evaluation.is_on else "data_to_text"
+    words = shlex.join(["lora-studio", "evaluate", run.id, "--task", task, "--workspace", str(run.workspace_root)])
+    return tables + (theme.command("Measure its answers", words) if run.has_adapter else "")
+
+
+def _table(kept: evaluation.Kept) -> str:
+    search = f"{kept.spec.beams} beams" if kept.spec.beams > 1 else "greedy"
+    title = f"{TASKS[kept.spec.evaluation_task].label}, after step {kept.step}"
+    heads = "".join(f"<th>{escape(words)}</th>" for words in (title, "Value", "95 % interval", "Prompts"))
+    rows = "".join(
+        f"<tr><td>{escape(r.metric)}</td><td>{r.value:.4f}</td><td>{r.low:.4f} … {r.high:.4f}</td><td>{r.num}</td></tr>"
+        for r in kept.results
+    )
+    return (
+        f'<div class="scroll-x"><table class="plain measured"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+        f'<p class="sub-line">{escape(search)}, answers of up to {kept.spec.longest_answer} tokens; the intervals are '
+        "a bootstrap over prompts.</p>"
+    )
 
 
 def _method(spec: RunSpec) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from studio import jobs, live, theme
 from studio.checkpoints import best
 from studio.event_log import EventLog
 from studio.forms import Form
+from studio.generating import EvaluationSpec
 from studio.live import duration
 from studio.palette import ADAPTED, ADAPTED_SOFT
 from studio.remedies import remedies
@@ -47,6 +48,7 @@ class TrainTab:
         sweep: The lines of a sweep.
         form: The training settings.
         method: What is trained: LoRA, or what its paper compares it with.
+        evaluation: What is measured of the answers.
         actions: Name → button, for the run that is shown.
         remedies: Buttons for what may help a run that failed.
         num_further: How many steps to train further.
@@ -59,6 +61,7 @@ class TrainTab:
     sweep: Any
     form: Form
     method: Form
+    evaluation: Form
     actions: dict[str, Any]
     remedies: list[Any]
     num_further: Any
@@ -209,9 +212,10 @@ def status_view(run: Run, status: str) -> str:
     if log.evaluations:
         first, last = log.evaluations[0].loss, log.evaluations[-1].loss
         pairs.append(("Held-out loss", f"{first:.3f} → {last:.3f}" if len(log.evaluations) > 1 else f"{first:.3f}"))
-        lowest = best([(e.step, e.loss) for e in log.evaluations])
+        lowest = best([(e.step, e.to_minimize) for e in log.evaluations])
         if lowest is not None:
             pairs.append(("Best at step", str(lowest)))
+        pairs += [(name, f"{value:.3f}") for name, value in log.evaluations[-1].metrics.items()]
     if log.checkpoint:
         pairs.append(("Last checkpoint", f"step {log.checkpoint.step}"))
     if log.started:
@@ -244,8 +248,12 @@ def _state_words(run: Run, status: str) -> tuple[list[str], str]:
     if status == "paused":
         return [f"Everything is saved and its memory is free. Resume goes on after step {step}."], ""
     if reason == "early":
-        lowest = best([(e.step, e.loss) for e in log.evaluations])
-        return [f"Ended early: the held-out loss rose. The adapter saved is that of step {lowest}."], ""
+        if log.evaluations[-1].metric:
+            what = f"{log.evaluations[-1].metric} no longer rose"
+        else:
+            what = "the held-out loss rose"
+        best_step = best([(e.step, e.to_minimize) for e in log.evaluations])
+        return [f"Ended early: {what}. The adapter saved is that of step {best_step}."], ""
     if run.has_adapter and not run.has_lora:
         return [f"What {run.spec.method.title} trained is saved. Chat with it; it has no ΔW, and so no spectrum."], ""
     return (["The adapter is saved. Look at its spectrum, or chat with it."] if run.has_adapter else []), ""
@@ -279,6 +287,8 @@ def build() -> TrainTab:
             form = Form(
                 TrainConfig, [s.name for s in settings(TrainConfig) if s.name != "max_length"]
             )  # stands in Data
+            with gr.Accordion("Measure answers by a task", open=False, elem_id="task"):
+                evaluation = Form(EvaluationSpec)
             with gr.Accordion("Sweep", open=False):
                 sweep = gr.Textbox(
                     label="Settings to vary",
@@ -320,7 +330,7 @@ def build() -> TrainTab:
             gr.HTML('<div id="charts"></div>')
             with gr.Accordion("Worker's log", open=False):
                 gr.HTML('<pre id="worker-log"></pre>')
-    return TrainTab(start, name, sweep, form, method, buttons, helpful, number, chosen, part)
+    return TrainTab(start, name, sweep, form, method, evaluation, buttons, helpful, number, chosen, part)
 
 
 def gpu_choices() -> Any:

@@ -92,8 +92,8 @@ def test_an_exact_match_is_one_up_to_white_space_only():
 
 
 def test_means_are_over_the_answers_that_have_a_reference():
-    assert prompts.scores("x", "") == {}
-    found = prompts.means([prompts.scores("x", "x"), prompts.scores("x", "y"), {}])
+    assert prompts.scores("x", ()) == {}
+    found = prompts.means([prompts.scores("x", ["y", "x"]), prompts.scores("x", ["y"]), {}])
     assert found == {"Exact match": 0.5, "ROUGE-L": 0.5}
 
 
@@ -123,4 +123,4 @@ def test_a_run_that_holds_nothing_out_has_no_rows_to_ask(write_run, tiny_data, t
     run = write_run(spec=RunSpec("All", str(tiny_folder), dataclasses.replace(tiny_data, eval_fraction=0.0)))
     table = data.read_table(tiny_data.source, workspace)
     with pytest.raises(LoRAError, match="“All” holds no rows out; give a file with prompts instead"):
-        prompts.held_out(run, table, models.load_tokenizer(str(tiny_folder), workspace), 5)
+        prompts.held_out(run.spec, table, models.load_tokenizer(str(tiny_folder), workspace), 5)
