@@ -10,7 +10,7 @@ from urllib.parse import quote
 import gradio as gr
 
 from core import LoRAError, quoted
-from studio import capsule, certificate, export_jobs, imports, theme
+from studio import capsule, certificate, export, export_jobs, imports, theme
 from studio.checkpoints import ADAPTER_FILES
 from studio.export import DTYPES, KINDS, Choice
 from studio.export_jobs import Job
@@ -186,7 +186,9 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
     def start(run: str | None, chosen: str, wanted: str, forced: bool) -> tuple[Any, ...]:
         found = _chosen(studio, run)
         studio.check_model(found.spec.model)
-        export_jobs.start(found, Choice(chosen, "" if wanted == OWN else wanted, bool(forced)))
+        choice = Choice(chosen, "" if wanted == OWN else wanted, bool(forced))
+        export.check(found, studio.workspace, choice)
+        export_jobs.start(found, choice)
         return *state(run), ""
 
     def end_export(run: str | None) -> tuple[Any, ...]:

@@ -205,7 +205,7 @@ def test_places_that_cannot_be_written_are_said(run, workspace, tmp_path):
         export_jobs.start(run, Choice("adapter"))
 
 
-def test_what_gguf_has_no_name_for_is_said(run, workspace, tiny_folder, tmp_path):
+def test_what_gguf_has_no_name_for_is_said(run, workspace, tmp_path):
     config = models.load_model(run.spec.model, workspace).config
     with pytest.raises(LoRAError, match="`model.nonsense` must have a name in GGUF"):
         gguf_export.Naming.of(config).name("model.nonsense")
@@ -214,21 +214,6 @@ def test_what_gguf_has_no_name_for_is_said(run, workspace, tiny_folder, tmp_path
     some = dict(list(adapter.factors.items())[:1])
     with pytest.raises(LoRAError, match="must hold the adapter's matrices and no others"):
         gguf_export.read_adapter(tmp_path / "a.gguf", config, some)
-    merged = models.load_model(run.spec.model, workspace)
-    merged.config.rope_parameters = {"rope_type": "llama3", "rope_theta": 1e4}
-    with pytest.raises(LoRAError, match="must have plain rotary positions .* its rope_type is 'llama3'"):
-        gguf_export.write_merged(tmp_path / "m.gguf", merged, lambda p: True, tiny_folder, None, "f16", print)
-    merged.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
-    bpe = {"model": {"type": "BPE", "ignore_merges": True}, "pre_tokenizer": {"type": "ByteLevel"}}
-    for words, content in (
-        ("it has no tokenizer.json", ""),
-        ("not byte-level BPE", '{"model": {"type": "Unigram"}}'),
-        ("its ignore_merges is not what llama.cpp takes gpt-2 to have", json.dumps(bpe)),
-    ):
-        if content:
-            (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(LoRAError, match=words):
-            gguf_export.write_merged(tmp_path / "m.gguf", merged, lambda p: True, tmp_path, None, "f16", print)
 
 
 def test_an_export_that_cannot_be_opened_again_says_why(monkeypatch, tmp_path):
