@@ -32,15 +32,17 @@ class Case(NamedTuple):
     reference: str = ""
 
 
-def held_out(run: Run, table: Table, tokenizer: Any, num: int) -> list[Case]:
+def survey_of(run: Run, table: Table, tokenizer: Any) -> data.Survey:
+    """Returns the survey of a run's rows, which is still to be read: only all of them tell which it held out."""
+    return data.Survey(table, run.spec.data, tokenizer, run.spec.train.seed)
+
+
+def held_out(run: Run, survey: data.Survey, num: int) -> list[Case]:
     """Returns the first rows that the run held out of its training, at most `num`.
 
     Raises:
         LoRAError: The run holds none out, or its rows cannot be read.
     """
-    survey = data.Survey(table, run.spec.data, tokenizer, run.spec.train.seed)
-    for _ in survey.read():
-        pass
     places = survey.split(run.spec.train.max_length).evaluation[:num].tolist()
     if not places:
         raise LoRAError(f"“{run.spec.name}” holds no rows out; give a file with prompts instead.")
