@@ -52,13 +52,13 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Tab("Train", id="train") as train_page:
                 train_tab = train.build()
             with gr.Tab("Spectrum", id="spectrum") as spectrum_tab:
-                spectrum.build(studio, run_id, spectrum_tab.select)
+                pair = spectrum.build(studio, run_id, spectrum_tab.select)
             with gr.Tab("Chat", id="chat") as chat_tab:
                 chat.build(studio, run_id, chat_tab.select)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs.build(studio, run_id, runs_tab.select, tabs)
             with gr.Tab("Take home", id="home") as home_tab:
-                home.build(studio, run_id, home_tab.select, runs.picker)
+                home.build(studio, run_id, home_tab.select, runs.picker, [tabs, *pair.outputs], pair.show)
         _wire(studio, page, head, run_id, model_tab, data_tab, train_tab, train_page)
     return page
 

@@ -1,7 +1,10 @@
 """What was asked and what each pane answered: the prompts that follow from it, and the transcript."""
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from core import LoRAError
@@ -9,6 +12,10 @@ from studio import data
 from studio.mapping import Message
 from studio.panes import Pane
 from studio.runs import Run
+from studio.workspace import write_whole
+
+TRANSCRIPTS = "transcripts"
+"""The folder in a run's that saved conversations are kept in."""
 
 HISTORY_LIMIT = 50
 """Turns of one conversation; beyond, a new one has to begin."""
@@ -129,6 +136,31 @@ class Conversation:
                 lines += [f"### {'ABCD'[place]}: {_line(reply.pane.title(run.id))}", "", f"{_line(reply.engine)}", ""]
                 lines += [*_quoted(reply.text), ""]
         return "\n".join(lines)
+
+
+def keep(run: Run, text: str, kind: str) -> Path:
+    """Keeps a transcript with its run, where capsules take it from; the same one once. Returns its file.
+
+    Args:
+        run: Whose folder.
+        text: The transcript, whole; half of a character becomes a question mark.
+        kind: "json" or "md".
+
+    Raises:
+        LoRAError: It cannot be written.
+    """
+    content = text.encode(errors="replace")
+    digest = hashlib.sha256(content).hexdigest()[:10]
+    folder = run.folder / TRANSCRIPTS
+    try:
+        folder.mkdir(exist_ok=True)
+        kept = next(folder.glob(f"*-{digest}.{kind}"), None)
+        if kept is None:
+            kept = folder / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{digest}.{kind}"
+            write_whole(kept, content)
+    except OSError as error:
+        raise LoRAError(f"The transcript could not be kept in {folder} ({error.strerror}); free some space.") from error
+    return kept
 
 
 def prompt(run: Run, text: str) -> list[Message] | str:

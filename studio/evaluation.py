@@ -75,7 +75,10 @@ class Exam:
         tokenizer = models.load_tokenizer(spec.model, workspace)
         table = data.read_table(spec.data.source, workspace, spec.data.eval_source)
         after = "\nA:" if asked.evaluation_task == "text_to_sql" else ""
-        cases = prompts.held_out(spec, table, tokenizer, asked.evaluation_prompts, answer_after=after)
+        survey = prompts.survey_of(spec, table, tokenizer)
+        for _ in survey.read():
+            pass
+        cases = prompts.held_out(spec, survey, asked.evaluation_prompts, answer_after=after)
         ids = [data.prompt_ids(case.content, tokenizer, spec.data.template) for case in cases]
         return cls(asked, cases, ids, tokenizer)
 

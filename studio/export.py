@@ -24,6 +24,7 @@ from core import Adapter, LoRAError, Noted, certify, merged_copy, quoted
 from studio import certificate, gguf_export, model_card, models, reload
 from studio.certificate import Report
 from studio.checkpoints import share_adapter
+from studio.gguf_families import Naming
 from studio.model_files import TOKENIZER_FILES
 from studio.runs import Run
 from studio.workspace import Workspace, write_whole
@@ -119,13 +120,12 @@ def make(run: Run, workspace: Workspace, choice: Choice, out: Path) -> Generator
         RefusedError: The certificate is red and `choice.force` is not set.
         LoRAError: The run has no adapter, `out` cannot be written, or the kind cannot hold this adapter.
     """
-    if not run.has_adapter:
-        raise LoRAError(f"Run {run.id} has no adapter yet; it is saved at the first evaluation and at the end.")
     out = out.expanduser().absolute()
     if choice.is_file and out.suffix != ".gguf":
         raise LoRAError(f"`OUT` (={str(out)!r}) must end with .gguf.")
     if out.exists():
         raise LoRAError(f"`OUT` (={str(out)!r}) must not exist; name another place, or remove it.")
+    check(run, workspace, choice)
     try:
         with _work_folder(out) as work:
             yield from _Making(run, workspace, choice, out, work).steps()
@@ -134,6 +134,24 @@ def make(run: Run, workspace: Workspace, choice: Choice, out: Path) -> Generator
             f"`OUT` (={str(out)!r}) could not be written ({error.strerror or error}); free some space, or name "
             "another place."
         ) from error
+
+
+def check(run: Run, workspace: Workspace, choice: Choice) -> None:
+    """Says what stands against an export and can be known before its work begins, which takes minutes.
+
+    Raises:
+        LoRAError: There is no adapter yet, or llama.cpp has no way to read what is asked for.
+    """
+    if not run.has_adapter:
+        raise LoRAError(f"Run {run.id} has no adapter yet; it is saved at the first evaluation and at the end.")
+    if not choice.is_file:
+        return
+    tree: Any = models.skeleton(run.spec.model, workspace)
+    if choice.kind == "gguf-adapter":
+        gguf_export.refuse(Adapter.load(run.adapter_folder), Naming.of(tree.config))
+        return
+    tokenizer = models.load_tokenizer(run.spec.model, workspace)
+    gguf_export.check_merged(tree, tokenizer, models.files_of(run.spec.model, workspace)[1])
 
 
 class _Making:
@@ -164,8 +182,6 @@ class _Making:
         yield Noted("Loading the model")
         model = models.load_model(self.run.spec.model, self.workspace, dtype=self.reference)
         adapter.apply(model)
-        if self.choice.kind == "gguf-adapter":
-            gguf_export.refuse(adapter, gguf_export.Naming.of(model.config))
         yield Noted("Reading the rows to try it on")
         rows = certificate.rows_of(self.run, self.workspace, lambda message: None)
         yield Noted("Comparing merged and unmerged")
@@ -221,9 +237,8 @@ class _Making:
             return {}
         if kind == "gguf":
             touched = {f"{path}.weight" for path in gguf_export.wholes(adapter.factors)} | set(adapter.trained_in_full)
-            return gguf_export.write_merged(
-                self.payload, merged, touched.__contains__, folder, base, dtype, lambda message: None
-            )
+            tokenizer = models.load_tokenizer(self.run.spec.model, self.workspace)
+            return gguf_export.write_merged(self.payload, merged, touched.__contains__, tokenizer, base, dtype)
         merged.config.name_or_path = ""
         merged.save_pretrained(self.payload, max_shard_size=SHARD_SIZE)
         for name in _COPIED:

@@ -217,6 +217,11 @@ def _parse_config(file: Path, num_bytes: int, mtime_ns: int) -> Any:
     values = config.to_dict()
     for trace in ("_model_name_or_path", "quantization_config"):
         values.pop(trace, None)
+    # What transformers passes over in a head.
+    if "n_ctx" in values:  # GPT-2's old name for it
+        values["n_positions"] = values.pop("n_ctx")
+    if values["model_type"] == "qwen3":
+        values["head_dim"] = read_header(file).get("qwen3.attention.key_length", values["head_dim"])
     return type(config).from_dict(values)
 
 

@@ -1,85 +1,26 @@
 """Adapters and merged models as GGUF files for llama.cpp, and what such a file says when it is read again.
 
-Names, the order of rows and the meaning of an adapter's tensors are llama.cpp's (its convert_hf_to_gguf.py,
-convert_lora_to_gguf.py and llama-adapter.cpp). A family that is not known to need no more than that is refused.
+What a family of models needs is in `studio.gguf_families`; the meaning of an adapter's tensors is llama.cpp's (its
+convert_lora_to_gguf.py and llama-adapter.cpp).
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 import torch
 from torch import Tensor
 
-from core import Adapter, Factors, LoRAError, quoted
-from studio import gguf_tokenizer
+from core import Adapter, Factors, Layout, LoRAError, quoted
+from studio import gguf_families, gguf_tokenizer
+from studio.gguf_families import Naming
 
 TYPES = {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16}
 TYPES |= {"bf16": gguf.LlamaFileType.MOSTLY_BF16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
-
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-
-
-@dataclass(frozen=True)
-class Naming:
-    """How llama.cpp calls the tensors of one model, and how it orders their rows.
-
-    Attributes:
-        arch: Its name for the family.
-        table: From paths to its names.
-        num_heads: Of the queries; num_kv_heads: of the keys.
-        tied: Whether the embedding is the head, too.
-    """
-
-    arch: str
-    table: gguf.TensorNameMap
-    num_heads: int
-    num_kv_heads: int
-    tied: bool
-
-    @classmethod
-    def of(cls, config: Any) -> Self:
-        """Returns the naming for a model with this config.
-
-        Raises:
-            LoRAError: Its family is none that is known to work.
-        """
-        family = config.model_type
-        if family not in _ARCHITECTURES:
-            raise LoRAError(
-                f"`model` (a {quoted(family)}) must be of a family that can be written as GGUF here: "
-                f"{', '.join(_ARCHITECTURES)}. Take the Hugging Face folder to llama.cpp's own converter instead."
-            )
-        arch = _ARCHITECTURES[family]
-        number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-        table = gguf.get_tensor_name_map(number, config.num_hidden_layers)
-        heads = config.num_attention_heads
-        return cls(arch, table, heads, config.num_key_value_heads or heads, bool(config.tie_word_embeddings))
-
-    def name(self, path: str) -> str:
-        """Returns llama.cpp's name, without ".weight".
-
-        Raises:
-            LoRAError: It has none.
-        """
-        found = self.table.get_name(path)
-        if found is None:
-            raise LoRAError(f"`{path}` must have a name in GGUF to be written; llama.cpp knows none for {self.arch}.")
-        return found
-
-    def order(self, name: str, num_rows: int) -> Tensor | None:
-        """Returns (num_rows) int64: which row of the model's comes at each place in the file; None for its own order.
-
-        llama.cpp turns neighbouring entries of a query by one angle, where Hugging Face's layout turns the two halves.
-        """
-        heads = {"attn_q": self.num_heads, "attn_k": self.num_kv_heads}.get(name.rpartition(".")[2])
-        if self.arch != "llama" or heads is None:
-            return None
-        return torch.arange(num_rows).reshape(heads, 2, num_rows // heads // 2).transpose(1, 2).reshape(-1)
 
 
 class _Entry(NamedTuple):
@@ -101,7 +42,7 @@ def write_adapter(file: Path, adapter: Adapter, config: Any, kind: str, name: st
     """
     naming = Naming.of(config)
     refuse(adapter, naming)
-    writer = gguf.GGUFWriter(None, naming.arch)
+    writer = gguf.GGUFWriter(None, naming.family.arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.config.alpha)
@@ -155,8 +96,12 @@ def refuse(adapter: Adapter, naming: Naming) -> None:
         problems.append(f"parameters trained in full ({', '.join(list(adapter.trained_in_full)[:3])})")
     forms = {f.layout.form for f in adapter.factors.values()} - {"linear", "slice", "embedding"}
     problems += [f"matrices of the form {quoted(form)}" for form in sorted(forms)]
-    ends = [path for path in adapter.factors if naming.tied and path.endswith(("embed_tokens", "lm_head"))]
-    problems += [f"{path}, which shares its weight" for path in ends]
+    for path, f in wholes(adapter.factors).items():
+        name = naming.name(path) if f.layout.form not in forms else ""
+        if naming.tied and name in ("token_embd", "output"):
+            problems.append(f"{path}, which shares its weight")
+        if name == "position_embd":  # it would be passed over without a word
+            problems.append(f"{path}, whose rows are added as they are")
     if problems:
         raise LoRAError(
             f"The adapter must be plain LoRA to be applied by llama.cpp; it has {', '.join(problems)}. "
@@ -178,18 +123,35 @@ def wholes(factors: Mapping[str, Factors]) -> dict[str, Factors]:
         for f in slices:
             B[f.layout.rows, begin : begin + f.r] = f.scaling * f.B.float()
             begin += f.r
-        joined[path] = Factors(A, B, 1.0)
+        joined[path] = Factors(A, B, 1.0, Layout(transposed=slices[0].layout.transposed))
     return joined
+
+
+def check_merged(tree: Any, tokenizer: Any, base: Path | None) -> None:
+    """Says what of a model cannot be written, before anything is computed.
+
+    Args:
+        tree: The model, which needs no weights.
+        tokenizer: As of `write_merged`.
+        base: As of `write_merged`.
+
+    Raises:
+        LoRAError: The family, a setting or the tokenizer is none that is known to work in llama.cpp.
+    """
+    naming = Naming.of(tree.config)
+    for path, _ in tree.named_parameters():
+        naming.name(path.rpartition(".")[0])
+    if base is None:
+        _write_head(gguf.GGUFWriter(None, naming.family.arch), tree.config, naming, tokenizer)
 
 
 def write_merged(
     file: Path,
     merged: Any,
     changed: Callable[[str], bool],
-    folder: Path,
+    tokenizer: Any,
     base: Path | None,
     kind: str,
-    note: Callable[[str], None],
 ) -> dict[str, str]:
     """Writes a merged model; returns its parameters' names → digest of what each must be when it is read again.
 
@@ -197,24 +159,22 @@ def write_merged(
         file: Where to.
         merged: The model, without LoRA layers.
         changed: Says of a parameter whether the adapter changed it.
-        folder: The base in Hugging Face layout: its tokenizer.
+        tokenizer: The base's, as transformers loads it.
         base: The GGUF file that the base came from, whose head, tokenizer and unchanged tensors are taken as they are.
         kind: Of `TYPES`, for matrices; vectors are float32.
-        note: Told how far it is.
 
     Raises:
-        LoRAError: The family or the tokenizer is none that is known to work in llama.cpp.
+        LoRAError: As of `check_merged`.
     """
     naming = Naming.of(merged.config)
-    writer = gguf.GGUFWriter(None, naming.arch)
+    writer = gguf.GGUFWriter(None, naming.family.arch)
     kept = {}
     if base is not None:
         reader = gguf.GGUFReader(base)
         _copy_head(writer, reader)
         kept = {tensor.name: tensor for tensor in reader.tensors}
     else:
-        _describe(writer, merged.config, naming, folder.name)
-        gguf_tokenizer.add_tokenizer(writer, folder, merged.config.vocab_size)
+        _write_head(writer, merged.config, naming, tokenizer)
     writer.add_file_type(TYPES[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     digests: dict[str, str] = {}
@@ -222,17 +182,45 @@ def write_merged(
     for path, parameter in merged.named_parameters():
         module, _, attribute = path.rpartition(".")
         called = naming.name(module)
-        name, order = f"{called}.{attribute}", naming.order(called, len(parameter))
+        name = f"{called}.{attribute}"
         if name in kept and not changed(path):
             entries[name] = _kept_entry(kept[name])
         else:
-            value = parameter.detach() if order is None else parameter.detach()[order]
-            entries[name] = _entry(name, value, kind)
-        entries[name] = _watched(entries[name], path, order, digests)
+            entries[name] = _entry(name, naming.stored(called, parameter.detach()), kind)
+        entries[name] = _watched(entries[name], path, functools.partial(naming.restored, called), digests)
+    if base is None:
+        entries |= {name: _entry(name, x, kind) for name, x in gguf_families.rope_tensors(merged).items()}
     entries |= {name: _kept_entry(tensor) for name, tensor in kept.items() if name not in entries}
-    note(f"Writing {len(entries)} tensors")
     _write(writer, file, list(entries.values()))
     return digests
+
+
+def read_merged(file: Path, model: Any) -> None:
+    """Puts the tensors of a merged model's file in the place of all parameters of `model`, its base.
+
+    Raises:
+        LoRAError: The file has others than these.
+    """
+    naming = Naming.of(model.config)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    missing = []
+    for path, parameter in model.named_parameters():
+        module, _, attribute = path.rpartition(".")
+        called = naming.name(module)
+        tensor = tensors.pop(f"{called}.{attribute}", None)
+        if tensor is None:
+            missing.append(path)
+            continue
+        found = torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32))
+        found = naming.restored(called, found.reshape([int(size) for size in reversed(tensor.shape)]))
+        with torch.no_grad():
+            parameter.copy_(found)
+    more = sorted(tensors.keys() - set(gguf_families.ROPE_TENSORS))
+    if missing or more:
+        raise LoRAError(
+            f"{file.name} must hold the model's tensors and no others; missing: {', '.join(missing[:3]) or 'none'}, "
+            f"unknown: {', '.join(more[:3]) or 'none'}."
+        )
 
 
 def digest(tensor: Tensor) -> str:
@@ -259,13 +247,13 @@ def _kept_entry(tensor: gguf.ReaderTensor) -> _Entry:
     return _Entry(tensor.name, shape, tensor.tensor_type, lambda: tensor.data)
 
 
-def _watched(entry: _Entry, path: str, order: Tensor | None, digests: dict[str, str]) -> _Entry:
+def _watched(entry: _Entry, path: str, restored: Callable[[Tensor], Tensor], digests: dict[str, str]) -> _Entry:
     """Returns an entry that notes, once it is made, what is to be read back for `path`."""
 
     def make() -> np.ndarray:
         made = entry.make()
         values = torch.from_numpy(np.array(gguf.dequantize(made, entry.kind), np.float32)).reshape(entry.shape)
-        digests[path] = digest(values if order is None else values[order.argsort()])
+        digests[path] = digest(restored(values))
         return made
 
     return entry._replace(make=make)
@@ -285,33 +273,15 @@ def _write(writer: gguf.GGUFWriter, file: Path, entries: list[_Entry]) -> None:
     writer.close()
 
 
+def _write_head(writer: gguf.GGUFWriter, config: Any, naming: Naming, tokenizer: Any) -> None:
+    name = Path(tokenizer.name_or_path).name or config.model_type
+    gguf_families.describe(writer, config, naming.family, name)
+    gguf_tokenizer.add_tokenizer(writer, tokenizer, name, config.vocab_size)
+
+
 def _copy_head(writer: gguf.GGUFWriter, reader: gguf.GGUFReader) -> None:
     own = {"general.architecture", "general.file_type", "general.quantization_version"}
     for key, field in reader.fields.items():
         if key not in own and not key.startswith(("GGUF.", "split.")):
             sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(key, field.contents(), field.types[0], sub)
-
-
-def _describe(writer: gguf.GGUFWriter, config: Any, naming: Naming, name: str) -> None:
-    rope = dict(getattr(config, "rope_parameters", None) or {})
-    if rope.get("rope_type", "default") != "default":
-        raise LoRAError(
-            f"`model` (={name!r}) must have plain rotary positions to be written as GGUF here; its rope_type is "
-            f"{quoted(rope['rope_type'])}. Take the Hugging Face folder to llama.cpp's own converter instead."
-        )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(naming.num_heads)
-    writer.add_head_count_kv(naming.num_kv_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(rope.get("rope_theta", 10_000.0))
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_vocab_size(config.vocab_size)

@@ -9,5 +9,11 @@ ADAPTED = "#d9691a"
 ADAPTED_SOFT = "#efb07c"
 """The adapter's less important twin: the noisy training loss beside the held-out one."""
 
+SECOND = "#7a5bb5"
+"""A second adapter beside the first, where the base is not what it is compared with."""
+
+SECOND_SOFT = "#b9a6dc"
+"""Its less important twin."""
+
 CHANCE = "#8a94a6"
 """The null: what pure chance would show."""

@@ -33,24 +33,25 @@ class Case(NamedTuple):
     references: tuple[str, ...] = ()
 
 
-def held_out(spec: RunSpec, table: Table, tokenizer: Any, num: int, *, answer_after: str = "") -> list[Case]:
+def survey_of(spec: RunSpec, table: Table, tokenizer: Any) -> data.Survey:
+    """Returns the survey of a run's rows, which is still to be read: only all of them tell which it held out."""
+    return data.Survey(table, spec.data, tokenizer, spec.train.seed)
+
+
+def held_out(spec: RunSpec, survey: data.Survey, num: int, *, answer_after: str = "") -> list[Case]:
     """Returns the first prompts that a run holds out of its training, at most `num`.
 
     Rows with one prompt are one case with several references.
 
     Args:
         spec: The run's.
-        table: Its rows.
-        tokenizer: Its model's.
+        survey: Of its rows, read to their end.
         num: The most prompts.
         answer_after: In plain text, what stands before the answer; without it the second half is taken for that.
 
     Raises:
         LoRAError: The run holds none out, or its rows cannot be read.
     """
-    survey = data.Survey(table, spec.data, tokenizer, spec.train.seed)
-    for _ in survey.read():
-        pass
     cases: dict[str, Case] = {}
     for place in survey.split(spec.train.max_length).evaluation.tolist():
         row = survey.row(place)

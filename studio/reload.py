@@ -17,13 +17,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from core import Adapter, LoRAError, lora_layers
-from studio import models
+from studio import gguf_export, gguf_families, models
 from studio.certificate import logits_of
 from studio.workspace import Workspace
 
@@ -141,10 +142,12 @@ def main() -> int:
 
 
 def _open(task: Task) -> dict[str, object]:
-    from studio import gguf_export
-
     rows = [torch.tensor(ids) for ids in task.rows]
     dtype = getattr(torch, task.dtype)
+    if task.kind == "gguf":
+        tree: Any = models.skeleton(task.model, Workspace(task.workspace))
+        if not gguf_families.Naming.of(tree.config).is_read_by_transformers:
+            return _open_by_names(task, rows)
     if task.kind in ("merged", "gguf"):
         with tempfile.TemporaryDirectory(dir=Path(task.out).parent) as scratch:  # a GGUF file is converted, once
             model = models.load_model(task.path, Workspace(scratch), dtype=dtype)
@@ -176,10 +179,18 @@ def _open(task: Task) -> dict[str, object]:
             true = expected[path].scaling * expected[path].B.float() @ expected[path].A.float()
             if not (delta - true).norm() <= FACTOR_ERRORS[task.gguf_type] * true.norm():
                 wrong.append(path)
-            weight = model.get_submodule(path).weight  # (out, in); an embedding's is (num_embeddings, features)
-            weight += (delta.T if f.layout.form == "embedding" else delta).to(weight)
+            weight = model.get_submodule(path).weight  # (out, in), but for embeddings and GPT-2's Conv1D
+            weight += (delta.T if f.layout.form == "embedding" or f.layout.transposed else delta).to(weight)
     _save(task, logits_of(model, rows))
     return {"wrong": wrong, "num_tensors": 2 * len(held)}
+
+
+def _open_by_names(task: Task, rows: list[Tensor]) -> dict[str, object]:
+    """Reads a GGUF file that transformers does not read, or not all of, into the place of its base's weights."""
+    model = models.load_model(task.model, Workspace(task.workspace), dtype=getattr(torch, task.dtype))
+    gguf_export.read_merged(Path(task.path), model)
+    _save(task, logits_of(model, rows))
+    return {"digests": {name: gguf_export.digest(p) for name, p in model.named_parameters()}}
 
 
 def _save(task: Task, logits: Sequence[Tensor]) -> None:

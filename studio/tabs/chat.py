@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from core import LoRAError
-from studio import ballots, chat_page, data, theme
+from studio import ballots, chat_page, conversation, data, theme
 from studio.answers import Answer
 from studio.conversation import Conversation, Reply, unstopped
 from studio.panes import Pane
@@ -246,10 +246,11 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
             there = _run(studio, run)
             if not now.turns:
                 raise LoRAError("There is nothing to save yet; send a message first.")
-            if kind == "json":
-                text = json.dumps(now.record(there), indent=2, ensure_ascii=False)
-                return chat_page.file(f"{there.id}-transcript.json", "application/json", text)
-            return chat_page.file(f"{there.id}-transcript.md", "text/markdown", now.markdown(there))
+            as_json = kind == "json"
+            text = json.dumps(now.record(there), indent=2, ensure_ascii=False) if as_json else now.markdown(there)
+            conversation.keep(there, text, kind)
+            mime = "application/json" if as_json else "text/markdown"
+            return chat_page.file(f"{there.id}-transcript.{kind}", mime, text)
 
         return studio.guard(write)
 

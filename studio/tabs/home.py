@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from urllib.parse import quote
 import gradio as gr
 
 from core import LoRAError, quoted
-from studio import capsule, certificate, export_jobs, imports, theme
+from studio import beside, capsule, certificate, export, export_jobs, imports, theme
 from studio.checkpoints import ADAPTER_FILES
 from studio.export import DTYPES, KINDS, Choice
 from studio.export_jobs import Job
@@ -84,8 +85,8 @@ def link(file: Path) -> str:
     return f'<p class="download"><a href="{escape(place)}" download="{escape(file.name)}">↓ {escape(words)}</a></p>'
 
 
-def bring_in(studio: Studio, paths: list[str], model: str, scaling: str, parts: str) -> tuple[Run, str]:
-    """Makes a run of what was dropped; returns it, and what to say.
+def bring_in(studio: Studio, paths: list[str], model: str, scaling: str, parts: str) -> tuple[list[Run], str]:
+    """Makes runs of what was dropped; returns them, and what to say.
 
     Raises:
         LoRAError: It is nothing that can be brought in, does not fit the base, or names places that pages may not open.
@@ -94,11 +95,10 @@ def bring_in(studio: Studio, paths: list[str], model: str, scaling: str, parts: 
         raise LoRAError("`file` (=nothing) must be dropped first: a capsule, a PEFT adapter, or loralib's file.")
     files = [Path(path) for path in paths]
     if all(map(imports.is_capsule, files)):
-        restored = [capsule.restore(studio.runs, file, studio.check_places) for file in files]
+        restored = _restored(studio, files)
         names = " and ".join(f"“{run.spec.name}”" for run in restored)
-        if len(restored) == 1:
-            return restored[-1], f"Restored {names} from its capsule, with its losses and its adapter."
-        return restored[-1], f"Restored {names} from their capsules; Runs and Spectrum show them side by side."
+        its = "its capsule, with its losses and its adapter" if len(restored) == 1 else "their capsules"
+        return restored, f"Restored {names} from {its}."
     studio.check_model(model)
     slices = tuple(part.strip() for part in parts.split(",")) if parts.strip() else None
     with tempfile.TemporaryDirectory() as scratch:
@@ -111,10 +111,17 @@ def bring_in(studio: Studio, paths: list[str], model: str, scaling: str, parts: 
         elif len(files) > 1:
             raise LoRAError(f"Of several files, they must be {' and '.join(ADAPTER_FILES)}; drop one thing at a time.")
         run = imports.take(studio.runs, source, model, scaling=_number(scaling), parts=slices)
-    return run, f"Brought in “{run.spec.name}”: its matrices fit {model}. It was not trained here."
+    return [run], f"Brought in “{run.spec.name}”: its matrices fit {model}. It was not trained here."
 
 
-def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
+def build(
+    studio: Studio,
+    run_id: Any,
+    selected: Any,
+    choices: Any,
+    elsewhere: list[Any],
+    show_pair: Callable[[Run, Run], list[Any]],
+) -> None:
     """Draws the tab.
 
     Args:
@@ -122,6 +129,8 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
         run_id: The header's list of runs.
         selected: The event that the tab is opened.
         choices: Returns what the list offers with a run chosen.
+        elsewhere: The tabs, and what shows two adapters beside each other there.
+        show_pair: Returns what the latter are set to.
     """
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
@@ -139,7 +148,8 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
                 cancel = gr.Button("Cancel", interactive=False, elem_id="export-cancel")
                 ready = gr.Button("Prepare download", interactive=False, elem_id="export-pack")
             gr.Markdown(
-                "A capsule is one file with settings, losses, certificate and adapter; drop it below, or elsewhere."
+                "A capsule is one file with settings, losses, certificate, adapter, saved transcripts and votes; drop "
+                "it below, or elsewhere."
             )
             with gr.Row(elem_classes="tight"):
                 whole = gr.Button("Make a capsule", elem_id="capsule")
@@ -147,7 +157,7 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
         with gr.Column(scale=6, min_width=320):
             shown = gr.HTML(elem_id="exports")
     timer = gr.Timer(LOOK_SECONDS, active=False)
-    gr.Markdown("### Bring one in\nIt is checked before it is listed. Two runs are compared in Spectrum.")
+    gr.Markdown("### Bring one in\nIt is checked before it is listed. Drop two capsules to compare them.")
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             dropped = gr.File(
@@ -166,6 +176,10 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
             with gr.Row(elem_classes="tight"):
                 take = gr.Button("Bring it in", variant="primary", elem_id="import")
             said = gr.HTML(elem_id="import-said")
+    pair = gr.State(())
+    with gr.Column(visible=False) as both:
+        compare = gr.Button("Compare what they learned", variant="primary", size="md", elem_id="compare-pair")
+        compared = gr.HTML(elem_id="pair")
 
     def state(run: str | None) -> tuple[Any, ...]:
         found = studio.runs.get(run) if run else None
@@ -188,7 +202,9 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
     def start(run: str | None, chosen: str, wanted: str, forced: bool) -> tuple[Any, ...]:
         found = _chosen(studio, run)
         studio.check_model(found.spec.model)
-        export_jobs.start(found, Choice(chosen, "" if wanted == OWN else wanted, bool(forced)))
+        choice = Choice(chosen, "" if wanted == OWN else wanted, bool(forced))
+        export.check(found, studio.workspace, choice)
+        export_jobs.start(found, choice)
         return *state(run), ""
 
     def end_export(run: str | None) -> tuple[Any, ...]:
@@ -204,8 +220,21 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
         return link(capsule.write(found, studio.workspace.downloads / f"{found.id}-capsule.zip"))
 
     def accept(paths: list[str] | None, base: str, factor: str, slices: str) -> tuple[Any, ...]:
-        run, words = bring_in(studio, paths or [], base.strip(), factor or "", slices or "")
-        return theme.said(words, "good"), choices(studio, run), None
+        runs, words = bring_in(studio, paths or [], base.strip(), factor or "", slices or "")
+        two = runs[:2] if len(runs) > 1 else []
+        return (
+            theme.said(words, "good"),
+            choices(studio, runs[0]),
+            None,
+            [run.id for run in two],
+            gr.Column(visible=bool(two)),
+            gr.Button(visible=all(run.has_adapter for run in two)),
+            beside.view(*two) if two else "",
+        )
+
+    def compare_pair(ids: list[str]) -> list[Any]:
+        first, second = (studio.runs.get(one) for one in ids)
+        return [choices(studio, first), gr.Tabs(selected="spectrum"), *show_pair(first, second)]
 
     # The tab may be opened before the list of runs is there: its coming must not be passed over.
     last: dict[str, Any] = {"trigger_mode": "always_last"}
@@ -219,7 +248,26 @@ def build(studio: Studio, run_id: Any, selected: Any, choices: Any) -> None:
     slow: dict[str, Any] = private | {"show_progress": "minimal"}
     ready.click(studio.guard(pack), run_id, links, **slow)
     whole.click(studio.guard(make_capsule), run_id, links, **slow)
-    take.click(studio.guard(accept), [dropped, model, scaling, parts], [said, run_id, dropped], **slow)
+    take.click(
+        studio.guard(accept),
+        [dropped, model, scaling, parts],
+        [said, run_id, dropped, pair, both, compare, compared],
+        **slow,
+    )
+    compare.click(studio.guard(compare_pair), pair, [run_id, *elsewhere], **slow)
+
+
+def _restored(studio: Studio, files: list[Path]) -> list[Run]:
+    """Returns runs made from capsules: of all, or, where one is refused, of none."""
+    made: list[Run] = []
+    try:
+        for file in files:
+            made.append(capsule.restore(studio.runs, file, studio.check_places))
+    except LoRAError:
+        for run in made:
+            studio.runs.delete(run)
+        raise
+    return made
 
 
 def _chosen(studio: Studio, run: str | None) -> Run:

@@ -1,7 +1,7 @@
 """The part of the Chat tab that asks all panes a list of prompts."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -19,6 +19,7 @@ from studio.tabs.panes import LETTERS, NUM_INPUTS
 
 WHERE = ("Rows that the run held out", "My own file")
 CELL_LIMIT = 300
+SHOW_SECONDS = 0.5
 
 
 @dataclass
@@ -74,7 +75,11 @@ def build(studio: Studio, run_id: Any, num: Any, sampling: list[Any], inputs: li
         now.is_stopped = False
         yield ["Reading the prompts …", gr.skip(), []]
         tokenizer = studio.tokenizer(there.spec.model)
-        cases = _cases(studio, there, kind, path, int(most))
+        cases = yield from _read(studio, there, kind, path, int(most), now)
+        if cases is None:
+            yield [theme.said("Cancelled before all rows were read; none was asked.", "warn"), gr.skip(), []]
+            return
+        yield ["Loading the model …", gr.skip(), []]
         engine = studio.engine(there)
         rows: list[list[Any]] = []
         found: list[list[dict[str, float]]] = [[] for _ in chosen]
@@ -86,7 +91,7 @@ def build(studio: Studio, run_id: Any, num: Any, sampling: list[Any], inputs: li
                 last = answers
                 if now.is_stopped:
                     break
-                if time.monotonic() - shown_at > 0.5:
+                if time.monotonic() - shown_at > SHOW_SECONDS:
                     shown_at = time.monotonic()
                     yield [_progress(len(rows), len(cases)), gr.skip(), gr.skip()]
             if now.is_stopped:
@@ -127,14 +132,25 @@ def build(studio: Studio, run_id: Any, num: Any, sampling: list[Any], inputs: li
     saved.success(None, file, None, js=chat_page.DOWNLOAD, api_visibility="private")
 
 
-def _cases(studio: Studio, run: Run, kind: str, path: str | None, most: int) -> list[prompts.Case]:
+def _read(
+    studio: Studio, run: Run, kind: str, path: str | None, most: int, now: Going
+) -> Generator[list[Any], None, list[prompts.Case] | None]:
+    """Yields how far the reading of the prompts is; returns them, or None once it was stopped."""
     if kind == WHERE[1]:
         if not path:
             raise LoRAError("`Prompts` (=nothing) must be a file; choose one, or take the rows that the run held out.")
         return prompts.from_file(Path(path), run, most)
     spec = run.spec
     table = studio.table(spec.data.source, spec.data.eval_source)
-    return prompts.held_out(spec, table, studio.tokenizer(spec.model), most)
+    survey = prompts.survey_of(spec, table, studio.tokenizer(spec.model))
+    told = time.monotonic()
+    for num_read in survey.read():
+        if now.is_stopped:
+            return None
+        if time.monotonic() - told > SHOW_SECONDS:
+            told = time.monotonic()
+            yield [theme.progress(num_read, survey.num_taken, "rows read"), gr.skip(), []]
+    return prompts.held_out(spec, survey, most)
 
 
 def _view(titles: list[str], rows: list[list[Any]]) -> Any:
@@ -150,11 +166,7 @@ def _cell(text: str) -> str:
 
 
 def _progress(done: int, total: int) -> str:
-    return (
-        f'<div class="progress" role="progressbar" aria-valuenow="{done}" aria-valuemax="{total}" '
-        f'aria-label="Prompts answered"><span style="width:{100 * done / max(1, total):.1f}%"></span></div>'
-        f'<div class="sub-line">{done} of {total} prompts</div>'
-    )
+    return theme.progress(done, total, "prompts")
 
 
 def _summary(titles: list[str], found: list[list[dict[str, float]]], words: str) -> str:

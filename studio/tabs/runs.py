@@ -11,7 +11,7 @@ import gradio as gr
 import numpy as np
 
 from core import LoRAError, MethodConfig, settings
-from studio import evaluation, theme
+from studio import beside, evaluation, theme
 from studio.metrics import TASKS
 from studio.runs import Run
 from studio.specs import RunSpec
@@ -175,6 +175,9 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
         to_home = gr.Button("Take home")
         download = gr.DownloadButton("Download adapter (zip)", elem_id="download")
         delete = gr.Button("Delete …", variant="stop", elem_id="delete")
+    with gr.Accordion("Compare with another run", open=False, elem_id="beside-part"):
+        other = gr.Dropdown([], label="Run beside the chosen one", elem_id="beside-run")
+        compared = gr.HTML(elem_id="beside")
     with gr.Accordion("Train a copy", open=False):
         changes = gr.Textbox(
             label="Settings to change in the copy",
@@ -202,6 +205,16 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
         file = pack(found, studio.workspace.downloads) if found.has_adapter else None
         return details(found), gr.DownloadButton(value=file, interactive=file is not None)
 
+    def others(run: str, chosen: str | None) -> Any:
+        found = [one for one in studio.runs.list() if one.id != run]
+        kept = chosen if chosen in [one.id for one in found] else None
+        return gr.Dropdown(choices=choices(studio, found), value=kept)
+
+    def set_beside(run: str, chosen: str | None) -> str:
+        if not run or not chosen or run == chosen:
+            return ""
+        return beside.view(studio.runs.get(run), studio.runs.get(chosen))
+
     def choose(known: list[str], event: gr.SelectData) -> str:
         return known[event.index[0]]
 
@@ -228,6 +241,8 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
     private: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
     gr.on([selected, run_id.change], studio.guard(fill), None, [table, ids], **private)
     gr.on([selected, run_id.change], studio.guard(show), run_id, [chosen, download], **private)
+    gr.on([selected, run_id.change], studio.guard(others), [run_id, other], other, **private)
+    gr.on([selected, run_id.change, other.change], studio.guard(set_beside), [run_id, other], compared, **private)
     table.select(studio.guard(choose), ids, run_id, **private)
     for button, tab in ((to_train, "train"), (to_spectrum, "spectrum"), (to_chat, "chat"), (to_home, "home")):
         button.click(lambda tab=tab: gr.Tabs(selected=tab), None, tabs, queue=False, **private)

@@ -32,7 +32,7 @@ from core import (
     lora_layers,
     plan,
 )
-from studio import app, jobs, models, watch
+from studio import app, capsule, jobs, models, watch
 from studio.conversation import Conversation, prompt
 from studio.data import DataSpec, prompt_ids
 from studio.event_log import EventWriter
@@ -656,7 +656,7 @@ def test_a_blind_test_shows_neither_names_nor_engines_until_the_vote_and_counts_
     assert "float32" in rest[4]
 
 
-def test_a_transcript_is_saved_as_json_and_markdown(page, trained):
+def test_a_transcript_is_saved_as_json_and_markdown_and_kept_with_its_run(page, trained, tmp_path):
     shown, _ = send(page, trained.id, "Is *this* <b>bold</b>?", "Base", "Adapter")
     as_json, as_text = (json.loads(event.fn(trained.id, shown["past"])) for event in events(page, "write"))
     record = json.loads(as_json["text"])
@@ -665,8 +665,17 @@ def test_a_transcript_is_saved_as_json_and_markdown(page, trained):
     assert [a["text"] for a in record["turns"][0]["answers"]] == [reply.text for reply in replies]
     assert record["turns"][0]["answers"][1]["fingerprint"] == replies[1].fingerprint
     assert r"> Is \*this\* \<b\>bold\</b\>?" in as_text["text"] and "### B: Base + adapter" in as_text["text"]
+    events(page, "write")[0].fn(trained.id, shown["past"])  # the same once more
+    with zipfile.ZipFile(capsule.write(trained, tmp_path / "capsule.zip")) as packed:
+        kept = {name: packed.read(name).decode() for name in packed.namelist() if name.startswith("transcripts/")}
+    assert sorted(kept.values()) == sorted([as_json["text"], as_text["text"]])
     with pytest.raises(gr.Error, match="There is nothing to save yet; send a message first"):
         events(page, "write")[0].fn(trained.id, Conversation())
+    shutil.rmtree(trained.folder / "transcripts")
+    (trained.folder / "transcripts").touch()
+    with pytest.raises(gr.Error, match="The transcript could not be kept in"):
+        events(page, "write")[0].fn(trained.id, shown["past"])
+    (trained.folder / "transcripts").unlink()
 
 
 def test_a_text_of_one_s_own_is_scored_by_a_pane_and_the_base(page, trained):

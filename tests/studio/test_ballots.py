@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,4 +124,37 @@ def test_a_run_that_holds_nothing_out_has_no_rows_to_ask(write_run, tiny_data, t
     run = write_run(spec=RunSpec("All", str(tiny_folder), dataclasses.replace(tiny_data, eval_fraction=0.0)))
     table = data.read_table(tiny_data.source, workspace)
     with pytest.raises(LoRAError, match="“All” holds no rows out; give a file with prompts instead"):
-        prompts.held_out(run.spec, table, models.load_tokenizer(str(tiny_folder), workspace), 5)
+        survey = prompts.survey_of(run.spec, table, models.load_tokenizer(str(tiny_folder), workspace))
+        for _ in survey.read():
+            pass
+        prompts.held_out(run.spec, survey, 5)
+
+
+def test_the_reading_of_held_out_rows_says_how_far_it_is_and_can_be_cancelled(
+    write_run, tiny_data, tiny_folder, workspace, monkeypatch
+):
+    from studio import survey
+    from studio.specs import RunSpec
+    from studio.state import Studio
+    from studio.tabs import prompt_list
+
+    monkeypatch.setattr(survey, "BATCH", 2)
+    monkeypatch.setattr(prompt_list, "SHOW_SECONDS", -1.0)
+    run = write_run(spec=RunSpec("Inns", str(tiny_folder), tiny_data))
+    here = Studio(workspace, [tiny_folder, Path(tiny_data.source).parent])
+
+    def read(going):
+        return prompt_list._read(here, run, prompt_list.WHERE[0], None, 2, going)
+
+    going = prompt_list.Going()
+    reading = read(going)
+    assert ["2 of 24 rows read" in next(reading)[0], "4 of 24 rows read" in next(reading)[0]] == [True, True]
+    going.is_stopped = True
+    with pytest.raises(StopIteration) as ended:
+        next(reading)
+    assert ended.value.value is None
+    reading = read(prompt_list.Going())
+    with pytest.raises(StopIteration) as ended:
+        for _ in range(100):
+            next(reading)
+    assert len(ended.value.value) == 2

@@ -152,7 +152,10 @@ def test_a_prompt_without_room_for_an_answer_is_refused(model):
 def test_rows_of_one_prompt_are_one_case_with_all_their_references(spec, workspace):
     table = data.read_table(spec.data.source, workspace)
     tokenizer = models.load_tokenizer(spec.model, workspace)
-    cases = prompts.held_out(spec, table, tokenizer, 2)
+    survey = prompts.survey_of(spec, table, tokenizer)
+    for _ in survey.read():
+        pass
+    cases = prompts.held_out(spec, survey, 2)
     assert len({case.text for case in cases}) == 2
     for case in cases:
         assert [r for row in table.rows if row["facts"] == case.text for r in [row["text"]]] == sorted(

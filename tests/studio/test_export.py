@@ -305,17 +305,20 @@ def split(numbers):
 
 
 @pytest.mark.parametrize(
-    ("steps", "name"),
+    ("steps", "is_whole", "name"),
     [
-        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, "gpt-2"),
-        (split(r"\p{N}{1,3}"), "llama-bpe"),
-        (split(r"\p{N}"), "qwen2"),
-        (split(r"\p{N}{1,2}"), None),
-        ({"type": "Metaspace"}, None),
+        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, False, "gpt-2"),
+        ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, True, None),
+        (split(r"\p{N}{1,3}"), True, "llama-bpe"),
+        (split(r"\p{N}{1,3}"), False, "dbrx"),
+        (split(r"\p{N}"), False, "qwen2"),
+        (split(r"\p{N}"), True, None),
+        (split(r"\p{N}{1,2}"), False, None),
+        ({"type": "Metaspace"}, False, None),
     ],
 )
-def test_a_pre_tokenizer_is_known_by_its_pattern_or_refused(steps, name):
-    values = {"pre_tokenizer": steps}
+def test_a_pre_tokenizer_is_known_by_its_pattern_or_refused(steps, is_whole, name):
+    values = {"pre_tokenizer": steps, "model": {"ignore_merges": is_whole}}
     if name is not None:
         assert gguf_tokenizer.pre_tokenizer(Path("m"), values) == name
         return

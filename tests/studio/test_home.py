@@ -9,9 +9,20 @@ import zipfile
 import pytest
 import torch
 
-from core import Adapter, Finished, LoRAConfig, LoRAError, inject, lora_layers
+from core import Adapter, Evaluated, Finished, LoRAConfig, LoRAError, Step, TrainConfig, inject, lora_layers
 from studio import __main__ as cli
-from studio import background, capsule, certificate, export, export_jobs, gguf_export, model_card, models, reload
+from studio import (
+    background,
+    beside,
+    capsule,
+    certificate,
+    export,
+    export_jobs,
+    gguf_export,
+    model_card,
+    models,
+    reload,
+)
 from studio.certificate import Report
 from studio.export import Choice
 from studio.runs import Runs
@@ -137,13 +148,39 @@ def test_without_a_run_or_an_adapter_the_page_says_what_to_do(write_run):
 
 def test_what_is_dropped_on_the_page_becomes_a_run(run, studio, tmp_path):
     files = [str(run.adapter_folder / name) for name in ("adapter_config.json", "adapter_model.safetensors")]
-    back, words = home.bring_in(studio, files, run.spec.model, "", "")
+    (back,), words = home.bring_in(studio, files, run.spec.model, "", "")
     assert back.is_imported and "matrices fit" in words
-    restored, words = home.bring_in(studio, [str(capsule.write(run, tmp_path / "inns.zip"))], "starter", "", "")
+    (restored,), words = home.bring_in(studio, [str(capsule.write(run, tmp_path / "inns.zip"))], "starter", "", "")
     assert restored.spec == run.spec and "from its capsule" in words
     count = len(studio.runs.list())
-    _, words = home.bring_in(studio, [str(tmp_path / "inns.zip")] * 2, "starter", "", "")
-    assert len(studio.runs.list()) == count + 2 and "from their capsules" in words
+    two, words = home.bring_in(studio, [str(tmp_path / "inns.zip")] * 2, "starter", "", "")
+    assert [one.spec for one in two] == [run.spec] * 2 and two[0].id != two[1].id and "from their capsules" in words
+    assert len(studio.runs.list()) == count + 2
+
+
+def test_of_two_capsules_one_of_which_is_damaged_none_is_restored(run, studio, tmp_path):
+    whole = capsule.write(run, tmp_path / "inns.zip")
+    with zipfile.ZipFile(whole) as packed, zipfile.ZipFile(tmp_path / "other.zip", "w") as other:
+        for name in packed.namelist():
+            other.writestr(name, packed.read(name) if name != "spec.json" else b"{}")
+    before = len(studio.runs.list())
+    with pytest.raises(LoRAError, match=r"spec\.json is not what capsule\.json says it is. Nothing was restored"):
+        home.bring_in(studio, [str(whole), str(tmp_path / "other.zip")], "starter", "", "")
+    assert len(studio.runs.list()) == before
+
+
+def test_two_runs_beside_each_other_say_what_differs_and_how_it_went(write_run):
+    def made(name, **settings):
+        spec = RunSpec(name, lora=LoRAConfig(r=settings.pop("r", 8), alpha=16), train=TrainConfig(**settings))
+        return write_run([Step(1, 3.0, 1e-3, 0.5, 9, 9, 0.5, 9), Evaluated(1, settings["seed"] / 8, 9, 0.5)], spec)
+
+    first, second = made("<b>One", seed=1, learning_rate=3e-4), made("Two", seed=2, learning_rate=3e-4, r=4)
+    assert beside.differences(first, second) == [("r", "8", "4"), ("seed", "1", "2")]
+    assert beside.differences(first, first) == []
+    page = beside.view(first, second)
+    assert "0.1250</td><td>0.2500" in page and "learning_rate" not in page
+    assert "&lt;b&gt;One (1)" in page and "<b>One" not in page
+    assert "held-out (2) <b>0.25" in page
 
 
 @pytest.mark.parametrize(
@@ -205,7 +242,7 @@ def test_places_that_cannot_be_written_are_said(run, workspace, tmp_path):
         export_jobs.start(run, Choice("adapter"))
 
 
-def test_what_gguf_has_no_name_for_is_said(run, workspace, tiny_folder, tmp_path):
+def test_what_gguf_has_no_name_for_is_said(run, workspace, tmp_path):
     config = models.load_model(run.spec.model, workspace).config
     with pytest.raises(LoRAError, match="`model.nonsense` must have a name in GGUF"):
         gguf_export.Naming.of(config).name("model.nonsense")
@@ -214,21 +251,6 @@ def test_what_gguf_has_no_name_for_is_said(run, workspace, tiny_folder, tmp_path
     some = dict(list(adapter.factors.items())[:1])
     with pytest.raises(LoRAError, match="must hold the adapter's matrices and no others"):
         gguf_export.read_adapter(tmp_path / "a.gguf", config, some)
-    merged = models.load_model(run.spec.model, workspace)
-    merged.config.rope_parameters = {"rope_type": "llama3", "rope_theta": 1e4}
-    with pytest.raises(LoRAError, match="must have plain rotary positions .* its rope_type is 'llama3'"):
-        gguf_export.write_merged(tmp_path / "m.gguf", merged, lambda p: True, tiny_folder, None, "f16", print)
-    merged.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
-    bpe = {"model": {"type": "BPE", "ignore_merges": True}, "pre_tokenizer": {"type": "ByteLevel"}}
-    for words, content in (
-        ("it has no tokenizer.json", ""),
-        ("not byte-level BPE", '{"model": {"type": "Unigram"}}'),
-        ("its ignore_merges is not what llama.cpp takes gpt-2 to have", json.dumps(bpe)),
-    ):
-        if content:
-            (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(LoRAError, match=words):
-            gguf_export.write_merged(tmp_path / "m.gguf", merged, lambda p: True, tmp_path, None, "f16", print)
 
 
 def test_an_export_that_cannot_be_opened_again_says_why(monkeypatch, tmp_path):

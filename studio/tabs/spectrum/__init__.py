@@ -1,15 +1,31 @@
 """Spectrum: what an adapter's ΔW learned, in sections of which each is a file of its own."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
+from studio.runs import Run
 from studio.state import Studio
 from studio.tabs.spectrum import chooser, compare, intruding, matrix, operating, overview, past, reading
 from studio.tabs.spectrum.frame import PRIVATE, Frame
 
 
-def build(studio: Studio, run_id: Any, selected: Any) -> None:
+@dataclass(frozen=True)
+class Pair:
+    """How another tab shows two runs in the section Compare.
+
+    Attributes:
+        outputs: What an event sets.
+        show: show(first, second) returns what it sets them to, once the first is the run that is looked at.
+    """
+
+    outputs: list[Any]
+    show: Callable[[Run, Run], list[Any]]
+
+
+def build(studio: Studio, run_id: Any, selected: Any) -> Pair:
     """Draws the tab for the run that `run_id` holds; `selected` is the event that the tab is opened."""
     source, chosen, view, files = chooser.build(studio, run_id, selected)
     section = gr.State("overview")
@@ -24,10 +40,11 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
         with gr.Tab("Reads and writes", id="reading") as tab:
             reading.build(frame, tab)
         with gr.Tab("Compare", id="compare") as tab:
-            compare.build(frame, tab)
+            other = compare.build(frame, tab)
         with gr.Tab("Rank surgery", id="operating") as tab:
             operating.build(frame, tab)
         with gr.Tab("Intruders", id="intruders") as tab:
             intruding.build(frame, tab)
     is_open: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
     source.change(lambda place: gr.Column(visible=place is not None), source, body, **is_open)
+    return Pair([sections, other], lambda a, b: [gr.Tabs(selected="compare"), compare.choice(studio, a, b)])

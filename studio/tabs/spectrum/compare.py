@@ -86,6 +86,12 @@ def choices(studio: Studio, opened: Opened, files: tuple[Source, ...]) -> list[t
     return found
 
 
+def choice(studio: Studio, first: Run, second: Run) -> Any:
+    """Returns the choice of the second adapter with a run chosen that stands beside another."""
+    found = choices(studio, studio.opened(Source(first.id)), ())
+    return gr.Dropdown(choices=found, value=f"run:{second.id}")
+
+
 def source_of(word: str, files: tuple[Source, ...]) -> Source:
     """Returns the source that a word of `choices` means.
 
@@ -259,8 +265,8 @@ def map_picture(studio: Studio, first: Opened, second: Opened, title: str, found
     )
 
 
-def build(frame: Frame, tab: Any) -> None:
-    """Draws the section in its `tab`."""
+def build(frame: Frame, tab: Any) -> Any:
+    """Draws the section in its `tab`; returns the choice of the second adapter."""
     studio = frame.studio
     with gr.Row(equal_height=True):
         other = gr.Dropdown([], label="Compare with", elem_id="other", min_width=280, scale=3)
@@ -311,3 +317,4 @@ def build(frame: Frame, tab: Any) -> None:
         return event.name
 
     heat.pointed(studio.guard(open_matrix), None, frame.matrix, show_progress="hidden", queue=False, **PRIVATE)
+    return other
