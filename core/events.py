@@ -47,11 +47,12 @@ class Step:
 
     Attributes:
         step: Its number, from 1.
-        loss: Mean over the trained tokens of the step, before the update, in nats per token.
+        loss: Mean over the trained tokens of the step, before the update, in nats per token; where labels are of rows,
+            over those, in nats, or the squared error.
         learning_rate: The rate that this update used.
         grad_norm: Length of the whole gradient before clipping.
         num_tokens: Tokens that went through the model, padding not counted.
-        num_trained_tokens: Tokens that the loss was taken over.
+        num_trained_tokens: Tokens that the loss was taken over, or rows.
         step_seconds: Time that the step took, without the consumer's.
         memory_bytes: Memory in use at the end of the step (see `Started.memory_source`).
     """
@@ -76,15 +77,25 @@ class Evaluated:
     """The loss on held-out rows, after `step` steps (0: before the first).
 
     Attributes:
-        loss: Mean over all trained tokens of those rows, in nats per token.
-        num_trained_tokens: How many tokens that is.
+        loss: Mean over all trained tokens of those rows, in nats per token, or over the rows (see `Step`).
+        num_trained_tokens: How many tokens, or rows, that is.
         evaluate_seconds: Time that it took.
+        metrics: Name → score, where labels are of rows; NaN where it is not defined for what was predicted.
+        metric: The one of them by which evaluations are compared; "" where that is the loss.
     """
 
     step: int
     loss: float
     num_trained_tokens: int
     evaluate_seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    metric: str = ""
+
+    @property
+    def to_minimize(self) -> float:
+        """What the best evaluation has least of: the loss, or minus the score that decides, ∞ where it is undefined."""
+        value = -self.metrics.get(self.metric, math.nan) if self.metric else self.loss
+        return math.inf if self.metric and math.isnan(value) else value
 
 
 @dataclass(frozen=True)
@@ -200,6 +211,7 @@ _WORDS: dict[Any, str] = {
     float: "a number",
     str: "text of whole characters",
     dict[str, int]: "a table of text to whole numbers",
+    dict[str, float]: "a table of text to numbers",
     dict[str, list[float]]: "a table of text to lists of numbers",
 }
 
@@ -211,6 +223,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return type(value) is float or _fits(value, int)
     if kind == dict[str, int]:
         return isinstance(value, dict) and all(_fits(k, str) and _fits(v, int) for k, v in value.items())
+    if kind == dict[str, float]:
+        return isinstance(value, dict) and all(_fits(k, str) and _fits(v, float) for k, v in value.items())
     if kind == dict[str, list[float]]:
         return isinstance(value, dict) and all(_fits(k, str) and _are_numbers(v) for k, v in value.items())
     return isinstance(value, str) and (value.isascii() or value.encode(errors="ignore").decode() == value)
