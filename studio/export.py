@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -122,6 +122,8 @@ def make(run: Run, workspace: Workspace, choice: Choice, out: Path) -> Generator
     if not run.has_adapter:
         raise LoRAError(f"Run {run.id} has no adapter yet; it is saved at the first evaluation and at the end.")
     out = out.expanduser().absolute()
+    if choice.is_file:
+        run.spec.must_write(f"{KINDS[choice.kind]}, which has no head for labels")
     if choice.is_file and out.suffix != ".gguf":
         raise LoRAError(f"`OUT` (={str(out)!r}) must end with .gguf.")
     if out.exists():
@@ -162,7 +164,9 @@ class _Making:
         share_adapter(self.run.adapter_folder, self.adapter)
         adapter = Adapter.load(self.adapter)
         yield Noted("Loading the model")
-        model = models.load_model(self.run.spec.model, self.workspace, dtype=self.reference)
+        spec = self.run.spec
+        options: dict[str, Any] = {"head": spec.head, "seed": spec.train.seed, "dtype": self.reference}
+        model = models.load_model(spec.model, self.workspace, **options)
         adapter.apply(model)
         if self.choice.kind == "gguf-adapter":
             gguf_export.refuse(adapter, gguf_export.Naming.of(model.config))
@@ -255,6 +259,8 @@ class _Making:
             gguf_type=dtype,
             rows=[row.tolist() for row in rows.ids],
             out=str(self.work / f"logits-{kind}.safetensors"),
+            head=asdict(self.run.spec.head),
+            seed=self.run.spec.train.seed,
         )
         by = f"PEFT {reload.peft_version()}" if kind == "peft" else "LoRA Studio"
         bound = _RELOAD_BOUNDS.get(stored, _RELOAD_BOUNDS["bfloat16"])

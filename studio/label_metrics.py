@@ -54,7 +54,7 @@ def f1(predicted: np.ndarray, labels: np.ndarray, num_labels: int) -> float:
 
 
 def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Returns Matthews' correlation of any number of labels: 1 all right, 0 as by chance, or where one side is constant.
+    """Returns Matthews' correlation, of any number of labels; 0 as by chance, and where one side is constant.
 
     Gorodkin 2004, *Comparing two K-category assignments by a K-category correlation coefficient*.
     """

@@ -44,7 +44,7 @@ from core import (
     resolve_dtype,
     train,
 )
-from studio import data, launcher, models, setup
+from studio import data, label_metrics, launcher, models, setup, tasks
 from studio.checkpoints import best, share_adapter
 from studio.event_log import EventWriter
 from studio.remedies import for_memory
@@ -188,8 +188,8 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
         if world.is_first and run.stop_asked:
             raise _StopAskedError(run.stop_asked)
 
-    spec = run.spec
     workspace = Workspace(run.workspace_root)
+    spec = tasks.settled(run.spec, workspace)
     device = world.device(spec.train.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -210,7 +210,8 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
     batches = data.Batches(prepared.train, num_rows, seed=spec.train.seed, pad_token_id=pad)
     evaluation = list(data.eval_batches(prepared.evaluation, num_rows, pad)) or None
     rest = batches.after(start.num_rows if start else 0)
-    training = train(model, rest, spec.train, eval_batches=evaluation, start=start, world=world)
+    scored = tasks.row_labels(spec)
+    training = train(model, rest, spec.train, eval_batches=evaluation, start=start, world=world, row_labels=scored)
     try:
         _drain(run, keeper, training, lambda: Adapter.from_model(model, base_model=spec.model), world)
     except NonFiniteLossError as error:
@@ -258,7 +259,8 @@ def _drain(run: Run, keeper: _Keeper, training: Training, adapter: Callable[[], 
             save_adapter()
         keeper.say(event)
         if isinstance(event, Evaluated):
-            log.info("step %d: loss %.4f on held-out rows", event.step, event.loss)
+            scores = f", {label_metrics.words(event.metrics)}" if event.metrics else ""
+            log.info("step %d: loss %.4f%s on held-out rows", event.step, event.loss, scores)
         reason, due = world.agree((run.stop_asked if isinstance(event, Step) else "", is_due(event)))
         if reason or due:
             checkpoint()
@@ -305,13 +307,18 @@ def _predicted_bytes(run: Run) -> dict[str, int]:
         devices = resolve_devices(spec.train.device)
         dtype = resolve_dtype(spec.train.precision, devices[0])
         prepare, num_devices = setup.preparation(spec), len(devices)
-        return forecast_memory(skeleton, spec.lora, spec.train, dtype, prepare=prepare, num_devices=num_devices)
+        row = spec.head.is_of_rows
+        return forecast_memory(
+            skeleton, spec.lora, spec.train, dtype, prepare=prepare, num_devices=num_devices, per_row=row
+        )
 
     try:
-        skeleton = models.skeleton(run.spec.model, Workspace(run.workspace_root))
-        terms = forecast(run.spec).terms
+        workspace = Workspace(run.workspace_root)
+        asked = tasks.settled(run.spec, workspace)
+        skeleton = models.skeleton(asked.model, workspace, asked.head)
+        terms = forecast(asked).terms
         predicted = dict(terms)
-        for remedy in for_memory(run.spec):
+        for remedy in for_memory(asked):
             with suppress(LoRAError):  # the model has no such matrices
                 if (total := forecast(remedy.spec).total) < sum(terms.values()):
                     predicted[remedy.label] = total
