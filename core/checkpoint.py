@@ -29,7 +29,7 @@ class Checkpoint:
     Attributes:
         step: The optimizer steps that were taken.
         num_rows: The rows that these took, by all processes; where the next batch begins, however large it is.
-        evaluations: (step, loss) of the evaluations so far; they decide when to stop early.
+        evaluations: (step, `Evaluated.to_minimize`) of those so far; they decide when to stop early.
         tensors: What is trained, by its name in the model; "NAME/exp_avg" and so on are AdamW's of it.
     """
 

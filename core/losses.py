@@ -14,11 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from core.attention import Segments, SegmentsError
-from core.baselines.parts import IGNORED, special_tokens_of
+from core.baselines.parts import special_tokens_of
 from core.blocks import block_lists, with_first
 from core.fusion import Fusion, linear_of
 from core.kernels import linear_cross_entropy
 from core.prefix import Prefix
+from core.rows import IGNORED, row_logits, row_losses
 
 Batch = Mapping[str, Tensor]
 
@@ -38,7 +39,7 @@ class Way(NamedTuple):
 
 
 class Losses(nn.Module):
-    """`token_losses` of a model, by the fastest way that gives the same; a module, which DDP can wrap.
+    """`token_losses` of a model, by the fastest way that gives the same, or `row_losses`; a module, which DDP can wrap.
 
     Attributes:
         model: The model.
@@ -47,20 +48,23 @@ class Losses(nn.Module):
         prefix: The frozen layers that a row passes once; None where each batch goes through all.
     """
 
-    def __init__(self, model: nn.Module, prefix: str = "off") -> None:
+    def __init__(self, model: nn.Module, prefix: str = "off", *, per_row: bool = False) -> None:
         """Takes an adapted model.
 
         Args:
             model: The model.
             prefix: Whether what the layers below the first adapted one give is kept: "off", "memory" or "disk".
+            per_row: Whether labels are of rows, which go through the model as they come.
         """
         super().__init__()
-        self.model, self.fusion, self.way = model, Fusion(model), Way()
+        self.model, self.fusion, self.way, self.per_row = model, Fusion(model), Way(), per_row
         self.prefix: Prefix | None = None
         self._wants_prefix = prefix
 
     def forward(self, batch: Batch) -> Tensor:
-        """Returns what `token_losses` does."""
+        """Returns what `token_losses` does, or `row_losses`."""
+        if self.per_row:
+            return row_losses(row_logits(self.model, batch), batch["labels"])
         try:
             return token_losses(self.model, batch, self.way, self.prefix)
         except SegmentsError:  # of rows longer than those tried: what they may see ends somewhere
@@ -71,6 +75,8 @@ class Losses(nn.Module):
     def choose(self) -> None:
         """Tries on a few tokens what the model allows, in eval mode, in which it is left."""
         self.model.eval()
+        if self.per_row:
+            return
         ids = torch.tensor([[1, 0, 1, 1, 0], [1, 0, 0, 1, 0], [0, 1, 1, 0, 0]])  # the first two begin alike
         mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
         batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED)}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,6 +23,7 @@ from core.heap import Heap
 from core.losses import Way, losses_at, of_head
 from core.matrices import is_conv1d
 from core.rounds import once
+from core.rows import row_logits
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def forecast_memory(
     base_bits: int | None = None,
     moments_dtype: torch.dtype = torch.float32,
     on_heap: bool = False,
+    per_row: bool = False,
 ) -> MemoryForecast:
     """Returns what a step of `train.batch_size` rows of `train.max_length` tokens will take, every token trained.
 
@@ -97,6 +100,7 @@ def forecast_memory(
             each; int8 with a float32 scale a row), and each is widened to `dtype` while it is used.
         moments_dtype: Of AdamW's two moments.
         on_heap: Whether tensors lie on the C library's heap, as on a CPU, whose holes count then.
+        per_row: Whether a batch has one label a row, as of `train(…, row_labels=…)`.
     """
     if base_bits not in (None, 4, 8) or (base_bits and lora is None):
         raise LoRAError(f"`base_bits` (={base_bits}) must be 4, 8 or None, and None in full fine-tuning.")
@@ -117,9 +121,10 @@ def forecast_memory(
     gradients = sum(_bytes(p) for p in trained)
     in_buckets = gradients if num_devices > 1 and own_parts == 1 else 0
     moments = 2 * moments_dtype.itemsize * sum(p.numel() for p in trained)
-    activations, reach = _activations(model, train, on_heap=on_heap)
+    activations, reach = _activations(model, train, on_heap=on_heap, per_row=per_row)
     holes = max(0, reach - activations)
-    choosing = _choosing(model) if lora is not None else 0  # over before there are gradients and moments
+    is_tried = lora is not None and not per_row
+    choosing = _choosing(model) if is_tried else 0  # over before there are gradients and moments
     return MemoryForecast(
         weights=_weights_bytes(model, sizes, num_parts),
         adapter=0 if lora is None else gradients,
@@ -169,7 +174,7 @@ def _choosing(model: nn.Module) -> int:
     return max(peak, held)
 
 
-def _activations(model: nn.Module, train: TrainConfig, *, on_heap: bool) -> tuple[int, int]:
+def _activations(model: nn.Module, train: TrainConfig, *, on_heap: bool, per_row: bool) -> tuple[int, int]:
     """Returns the peak of a step's activations, from as few of the model's blocks as tell it, and the heap's reach."""
     found = _alike(model)
     if found is not None:
@@ -181,17 +186,18 @@ def _activations(model: nn.Module, train: TrainConfig, *, on_heap: bool) -> tupl
                 break
             try:
                 (kept, peak, reach), (kept_more, peak_more, reach_more) = (
-                    _step(with_first(model, [members], n), train, heap=on_heap) for n in (few, few + period)
+                    _step(with_first(model, [members], n), train, heap=on_heap, per_row=per_row)
+                    for n in (few, few + period)
                 )
             except (IndexError, KeyError, ValueError, AttributeError):  # it wants all of its blocks
                 break
             if peak_more - peak == kept_more - kept:
                 more = (num - few) // period
                 return peak + more * (peak_more - peak), reach + more * (reach_more - reach)
-    return _step(copy.deepcopy(model), train, heap=on_heap)[1:]
+    return _step(copy.deepcopy(model), train, heap=on_heap, per_row=per_row)[1:]
 
 
-def _step(model: Any, train: TrainConfig, *, heap: bool) -> tuple[int, int, int]:
+def _step(model: Any, train: TrainConfig, *, heap: bool, per_row: bool) -> tuple[int, int, int]:
     """Takes a step without values with a model, which it uses up.
 
     Returns:
@@ -206,16 +212,29 @@ def _step(model: Any, train: TrainConfig, *, heap: bool) -> tuple[int, int, int]
             if p.requires_grad:
                 p.grad = torch.zeros_like(p)  # there from the start, as in training
         ids = torch.zeros(train.batch_size, train.max_length, dtype=torch.int64)
-        with torch.no_grad():
-            logits, seen = of_head(model, {"input_ids": ids[:1, :2]})
-        way = Way(skips_head=seen is logits)
-        positions = torch.arange(ids.numel()).view(ids.shape)[:, :-1].flatten()
+        loss_of = _row_loss if per_row else _token_loss(model, ids)
         live = _Live(Heap() if heap else None)
         with live:
-            loss = losses_at(model, {"input_ids": ids}, positions, ids[:, 1:].flatten(), way).sum()
+            loss = loss_of(model, ids)
             kept = live.bytes
             loss.backward()
     return kept, live.peak_bytes, live.heap.peak_bytes if live.heap else 0
+
+
+def _token_loss(model: Any, ids: Tensor) -> Callable[[Any, Tensor], Tensor]:
+    """Returns what gives the loss of all tokens, by the way that `Losses` would choose."""
+    with torch.no_grad():
+        logits, seen = of_head(model, {"input_ids": ids[:1, :2]})
+    way = Way(skips_head=seen is logits)
+    positions = torch.arange(ids.numel()).view(ids.shape)[:, :-1].flatten()
+    targets = ids[:, 1:].flatten()
+    return lambda model, ids: losses_at(model, {"input_ids": ids}, positions, targets, way).sum()
+
+
+def _row_loss(model: Any, ids: Tensor) -> Tensor:
+    # As `row_losses`, which chooses among the rows by their labels: here there are no values to choose by.
+    logits = row_logits(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    return F.cross_entropy(logits, torch.zeros(len(ids), dtype=torch.int64))
 
 
 def _alike(model: nn.Module) -> tuple[nn.ModuleList, int, int] | None:

@@ -19,9 +19,10 @@ from core.events import Evaluated, Event, Finished, SpectrumMeasured, Started, S
 from core.flat import Flat
 from core.grams import quick_sigma
 from core.inject import injection_of, method_of
-from core.losses import IGNORED, Batch, Losses
+from core.losses import Batch, Losses
 from core.matrices import Factors
 from core.nonfinite import first_in_forward, first_in_gradients, first_in_weights, longest_in_gradients
+from core.rows import RowLabels, is_trained, row_logits, row_losses, untrained
 from core.targets import lora_layers
 
 _ALONE = World()
@@ -36,7 +37,7 @@ class Training(Iterator[Event]):
     Attributes:
         step: The optimizer steps taken so far.
         num_rows: The rows that they took, by all processes.
-        evaluations: (step, loss) of each evaluation so far.
+        evaluations: (step, `Evaluated.to_minimize`) of each evaluation so far.
     """
 
     def __init__(
@@ -47,10 +48,11 @@ class Training(Iterator[Event]):
         eval_batches: Iterable[Batch] | None,
         start: Checkpoint | None,
         world: World,
+        row_labels: RowLabels | None,
     ) -> None:
         """Takes what `train` is given; nothing happens before the first event is asked for."""
         self._model, self._batches, self._config, self._eval_batches = model, batches, config, eval_batches
-        self._start, self._world = start, world
+        self._start, self._world, self._row_labels = start, world, row_labels
         self._optimizer: torch.optim.Optimizer | None = None
         self._flats: list[Flat] = []
         self.step = start.step if start else 0
@@ -87,7 +89,8 @@ class Training(Iterator[Event]):
     def _run(self) -> Generator[Event]:
         model, config, world = self._model, self._config, self._world
         self._check()
-        losses = Losses(model, "off" if config.shard_weights and world.size > 1 else config.prefix_cache)
+        prefix = "off" if config.shard_weights and world.size > 1 else config.prefix_cache
+        losses = Losses(model, prefix, per_row=self._row_labels is not None)
         losses.choose()
         losses_of = world.wrap(losses)
         num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -120,8 +123,8 @@ class Training(Iterator[Event]):
         try:
             while True:
                 if self.owes_evaluation:
-                    evaluated = _evaluate(losses, self._eval_batches or (), world, self.step)
-                    self.evaluations.append((self.step, evaluated.loss))
+                    evaluated = _evaluate(losses, self._eval_batches or (), world, self.step, self._row_labels)
+                    self.evaluations.append((self.step, evaluated.to_minimize))
                     yield evaluated
                 if self.step >= config.steps or self._has_turned():
                     reason = "done" if self.step >= config.steps else "early"
@@ -162,8 +165,8 @@ class Training(Iterator[Event]):
     def _has_turned(self) -> bool:
         """Says whether the last `patience` evaluations all were no better than the best before them."""
         patience = self._config.patience
-        losses = [loss for _, loss in self.evaluations]
-        return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+        values = [value for _, value in self.evaluations]
+        return 0 < patience < len(values) and min(values[-patience:]) >= min(values[:-patience])
 
 
 def train(
@@ -174,6 +177,7 @@ def train(
     eval_batches: Iterable[Batch] | None = None,
     start: Checkpoint | None = None,
     world: World = _ALONE,
+    row_labels: RowLabels | None = None,
 ) -> Training:
     """Trains a model and yields what happens: `Started`, then `Step` and `Evaluated`, then `Finished`.
 
@@ -195,6 +199,8 @@ def train(
         start: Where to go on; None trains from the beginning.
         world: The processes that train together. Each calls this with the same arguments, takes its own rows of every
             batch, and yields the same events, which are of all rows (but for the times).
+        row_labels: Where labels are of rows, (batch), what they are and how they are scored. The model then gives
+            logits (batch, num_labels), and is called with all that a batch has beside `labels`.
 
     Raises:
         LoRAError: The model is not adapted or is merged, the batches run out, or one holds no trained token.
@@ -202,7 +208,7 @@ def train(
         NonFiniteLossError: The loss became NaN or infinite.
         ExplodedGradientError: The gradient became longer than `explosion_norm`.
     """
-    return Training(model, batches, config, eval_batches, start, world)
+    return Training(model, batches, config, eval_batches, start, world, row_labels)
 
 
 def _device_and_dtype(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -301,32 +307,55 @@ def _seeded(device: torch.device, seed: int, step: int) -> Iterator[None]:
         yield
 
 
-def evaluate(model: nn.Module, batches: Iterable[Batch], world: World = _ALONE, *, step: int = 0) -> Evaluated:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    world: World = _ALONE,
+    *,
+    step: int = 0,
+    row_labels: RowLabels | None = None,
+) -> Evaluated:
     """Returns the mean loss over all trained tokens of `batches`; leaves the model in eval mode.
 
-    Of several processes, each measures its own rows of every batch.
+    Of several processes, each measures its own rows of every batch. With `row_labels`, as of `train`, the mean is over
+    the rows, and they are scored.
 
     Raises:
         LoRAError: No batch holds a trained token.
     """
-    losses = Losses(model)
+    losses = Losses(model, per_row=row_labels is not None)
     losses.choose()
-    return _evaluate(losses, batches, world, step)
+    return _evaluate(losses, batches, world, step, row_labels)
 
 
 @torch.no_grad()
-def _evaluate(losses: Losses, batches: Iterable[Batch], world: World, step: int) -> Evaluated:
+def _evaluate(
+    losses: Losses, batches: Iterable[Batch], world: World, step: int, row_labels: RowLabels | None
+) -> Evaluated:
     begin = time.perf_counter()
     losses.model.eval()
     total, num_trained = 0.0, 0
+    found: list[tuple[Tensor, Tensor]] = []  # logits and labels of this process's rows
     with losses.fusion:
         for batch in batches:
-            total += losses(_own(batch, world)).sum().item()
+            own = _own(batch, world)
+            if row_labels is None:
+                total += losses(own).sum().item()
+            else:
+                logits, trained = row_logits(losses.model, own), is_trained(own["labels"])
+                total += row_losses(logits, own["labels"]).sum().item()
+                found.append((logits.cpu()[trained], own["labels"][trained]))
             num_trained += _num_trained(batch["labels"])
     total = world.sum(total)
     if not num_trained:
         raise LoRAError("`batches` (for evaluation) must hold at least one trained token; all labels are -100.")
-    return Evaluated(step, total / num_trained, num_trained, time.perf_counter() - begin)
+    metrics: dict[str, float] = {}
+    if row_labels is not None:
+        found = [pair for pairs in world.gather(found) for pair in pairs]
+        logits, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+        metrics = dict(row_labels.measure(logits, labels))
+    metric = row_labels.metric if row_labels is not None else ""
+    return Evaluated(step, total / num_trained, num_trained, time.perf_counter() - begin, metrics, metric)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -371,7 +400,7 @@ def _non_finite(
     model: nn.Module, own: Batch, losses: Tensor, place: int, step: int, world: World
 ) -> NonFiniteLossError:
     """Returns the error that says which rows and which layer are to blame; all processes look, and find the same."""
-    trained = own["labels"][:, 1:] != IGNORED
+    trained = is_trained(own["labels"])
     stand = range(world.rank, world.size * len(trained), world.size)  # where those of `own` stand in the batch
     blamed = {stand[i] for i in trained.nonzero()[:, 0][~torch.isfinite(losses).cpu()].tolist()}
     device = next(model.parameters()).device
@@ -392,7 +421,7 @@ def _own(batch: Batch, world: World) -> dict[str, Tensor]:
     own = {key: value[world.rows] for key, value in batch.items()}
     if not len(own["labels"]):
         own = {key: value[:1] for key, value in batch.items()}
-        own["labels"] = torch.full_like(own["labels"], IGNORED)
+        own["labels"] = untrained(own["labels"])
     return own
 
 
@@ -402,4 +431,4 @@ def _num_tokens(batch: Batch) -> int:
 
 
 def _num_trained(labels: Tensor) -> int:
-    return int((labels[:, 1:] != IGNORED).sum())
+    return int(is_trained(labels).sum())

@@ -264,9 +264,10 @@ def _print_runs(listed: "list[Run]", *, as_json: bool) -> int:
             run.note_killed()
             log, status = run.log, run.status
             step = log.steps[-1].step if log.steps else 0
-            loss = log.evaluations[-1].loss if log.evaluations else None
+            last = log.evaluations[-1] if log.evaluations else None
             row = {"id": run.id, "name": run.spec.name, "status": status, "step": step, "steps": run.spec.train.steps}
-            row |= {"held_out_loss": loss, "adapter": str(run.adapter_folder) if run.has_adapter else None}
+            row |= {"held_out_loss": last and last.loss, "metrics": last.metrics if last else {}}
+            row |= {"adapter": str(run.adapter_folder) if run.has_adapter else None}
             if isinstance(log.end, Failed):
                 row["failed"] = dataclasses.asdict(log.end) | {"remedies": [r.label for r in remedies(run)]}
             rows.append(row)
@@ -352,11 +353,12 @@ def _queue(args: argparse.Namespace, workspace: Workspace) -> int:
 
 
 def _plan(args: argparse.Namespace, workspace: Workspace) -> int:
+    from studio import tasks
     from studio.planner import Planner
 
     spec = _spec(args)
-    spec = dataclasses.replace(spec, model=args.model or spec.model)
-    planner = Planner(spec.model, workspace)
+    spec = tasks.settled(dataclasses.replace(spec, model=args.model or spec.model), workspace)
+    planner = Planner(spec.model, workspace, head=spec.head if spec.head.is_of_rows else None)
     free = None if args.free is None else int(args.free)
     made = planner.plan(spec, num_devices=args.devices, free_bytes=free)
     offered = []

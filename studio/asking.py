@@ -18,6 +18,8 @@ def ask(studio: Studio, opened: Opened, text: str, *, max_new_tokens: int = 80) 
     """
     if opened.model is None:
         raise LoRAError("The base model must be at hand to chat; name it where the adapter is opened.")
+    if opened.run:
+        opened.run.spec.must_write("a question")
     spec = opened.run.spec.data if opened.run else data.DataSpec()
     tokenizer = studio.tokenizer(opened.model)
     ids = data.prompt_ids(question(spec, text), tokenizer, spec.template)

@@ -189,7 +189,9 @@ def of_run(run: Run, workspace: Workspace) -> Report:
     if not run.has_adapter:
         raise LoRAError(f"Run {run.id} has no adapter yet; it is saved at the first evaluation and at the end.")
     info = models.describe(run.spec.model, workspace)
-    model = models.load_model(run.spec.model, workspace, dtype=reference_dtype(info))
+    model = models.load_model(
+        run.spec.model, workspace, dtype=reference_dtype(info), head=run.spec.head, seed=run.spec.train.seed
+    )
     adapter = Adapter.load(run.adapter_folder)
     adapter.apply(model)
     rows = rows_of(run, workspace, lambda message: None)
@@ -236,9 +238,10 @@ def certify_in(dtype: torch.dtype, model: nn.Module, adapter: Adapter, rows: Row
 
 @torch.inference_mode()
 def logits_of(model: nn.Module, rows: Sequence[Tensor]) -> list[Tensor]:
-    """Returns (seq, vocabulary) float32 logits of each row, on the CPU."""
+    """Returns (seq, vocabulary) float32 logits of each row, or (1, num_labels) of a classifier, on the CPU."""
     device = next(model.parameters()).device
-    return [model(input_ids=row[None].to(device)).logits[0].float().cpu() for row in rows]
+    found = (model(input_ids=row[None].to(device)).logits[0].float().cpu() for row in rows)
+    return [logits.reshape(-1, logits.shape[-1]) for logits in found]
 
 
 def compare(

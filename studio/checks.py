@@ -45,16 +45,11 @@ def checks(survey: Survey, split: Split, max_length: int) -> list[Check]:
     is_all_leaked = 0 < len(whole) == len(split.evaluation)
     choose = "They are skipped." if skips else "Mend them, or choose to skip bad rows."
     blocks = not skips or nothing_left
-    return [
+    usable = [
         Check("Rows that cannot be read", unread, choose, bool(len(unread)) and blocks),
         Check("Empty fields", empty, choose, bool(len(empty)) and blocks),
-        Check("Nothing to train on", other, choose, bool(len(other)) and blocks),
-        Check(
-            "Answer begins beyond the cut-off",
-            np.flatnonzero(first >= max_length),
-            "Nothing of the answer is left. Raise max_length" + ("; they are skipped." if skips else ", or skip them."),
-            bool((first >= max_length).any()) and blocks,
-        ),
+    ]
+    leaks = [
         Check(
             "Same row in training and evaluation",
             whole,
@@ -70,12 +65,49 @@ def checks(survey: Survey, split: Split, max_length: int) -> list[Check]:
             "The answers differ, yet the held-out loss is flattered.",
         ),
         Check("Exact duplicates", survey.repeated(), "Each repeats a row before it, and so weighs more. Remove them."),
-        Check("Answers cut off", np.flatnonzero(is_cut), "Their ends are not learnt. Raise max_length."),
+    ]
+    of_task = (
+        [
+            Check("Labels that cannot be used", other, choose, bool(len(other)) and blocks),
+            *leaks,
+            Check("Texts cut off", np.flatnonzero(lengths > max_length), "Their ends are not seen. Raise max_length."),
+        ]
+        if survey.spec.is_labelled
+        else [
+            Check("Nothing to train on", other, choose, bool(len(other)) and blocks),
+            Check(
+                "Answer begins beyond the cut-off",
+                np.flatnonzero(first >= max_length),
+                "Nothing of the answer is left. Raise max_length"
+                + ("; they are skipped." if skips else ", or skip them."),
+                bool((first >= max_length).any()) and blocks,
+            ),
+            *leaks,
+            Check("Answers cut off", np.flatnonzero(is_cut), "Their ends are not learnt. Raise max_length."),
+            Check(
+                "Answers without a trained end token",
+                np.flatnonzero(is_kept & ~is_cut & ((flags & ENDED) == 0)),
+                "The model is not taught to stop: the template puts no end token after the answer.",
+            ),
+        ]
+    )
+    return [
+        *usable,
+        *of_task,
+        *_of_text(survey),
         Check(
-            "Answers without a trained end token",
-            np.flatnonzero(is_kept & ~is_cut & ((flags & ENDED) == 0)),
-            "The model is not taught to stop: the template puts no end token after the answer.",
+            "Mended by hand",
+            survey.mended(),
+            "They are read as they were mended; the file itself is as it was.",
+            warns=False,
         ),
+        _balance(survey),
+    ]
+
+
+def _of_text(survey: Survey) -> list[Check]:
+    """Returns what is asked of the words themselves."""
+    return [
         Check(
             "Special tokens in the text",
             survey.flagged(SPECIAL),
@@ -95,13 +127,6 @@ def checks(survey: Survey, split: Split, max_length: int) -> list[Check]:
             "Such as Ã© for é: the file was once read as Latin-1. Save it as UTF-8 from its source.",
         ),
         Check("Turns without words", survey.flagged(HOLLOW), "Some messages are empty; the template shows them so."),
-        Check(
-            "Mended by hand",
-            survey.mended(),
-            "They are read as they were mended; the file itself is as it was.",
-            warns=False,
-        ),
-        _balance(survey),
     ]
 
 

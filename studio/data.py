@@ -10,13 +10,14 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from core.errors import LoRAError
 from studio.checks import Check, checks
 from studio.examples import Examples
+from studio.labelled import LabelledExample, LabelledExamples
 from studio.mapping import (
     DataSpec,
     RowError,
@@ -86,6 +87,13 @@ __all__ = [
 ]
 
 
+AnyExample = Example | LabelledExample
+"""A row as tokens, of the tokens that are trained or with its label."""
+
+LENGTHS_ALIKE = 50
+"""Of rows with a label, which are padded, so many batches are drawn at once, and rows of like length put together."""
+
+
 @dataclass(frozen=True)
 class PrepareReport:
     """What became of the rows.
@@ -103,8 +111,9 @@ class PrepareReport:
         num_cut_tokens: Tokens cut from them.
         skipped: (row number from 1, reason) of each row that could not be used.
         num_tokens: Tokens that the model sees.
-        num_trained_tokens: Those of them that count in the loss.
+        num_trained_tokens: Those of them that count in the loss; of rows with a label, the labels.
         notes: What was odd about the data set itself.
+        is_labelled: Whether each row has one label.
     """
 
     num_rows: int
@@ -118,6 +127,7 @@ class PrepareReport:
     num_tokens: int
     num_trained_tokens: int
     notes: tuple[str, ...] = ()
+    is_labelled: bool = False
 
     def sentences(self) -> list[str]:
         """Returns the report as a few lines for people."""
@@ -127,7 +137,9 @@ class PrepareReport:
             + (f", {len(self.skipped):,} skipped" if self.skipped else "")
             + (f", {self.num_unused:,} left out by the limits on rows" if self.num_unused else "")
             + ".",
-            f"{self.num_tokens:,} tokens, of which {self.num_trained_tokens:,} are trained on.",
+            f"{self.num_tokens:,} tokens, and one label a row."
+            if self.is_labelled
+            else f"{self.num_tokens:,} tokens, of which {self.num_trained_tokens:,} are trained on.",
         ]
         if self.num_cut_rows:
             were = "was" if self.num_cut_rows == 1 else "were"
@@ -150,8 +162,8 @@ class Prepared(NamedTuple):
         hashes: Source -> SHA-256 of its bytes, or of a Hub set's rows.
     """
 
-    train: Sequence[Example]
-    evaluation: Sequence[Example]
+    train: Sequence[AnyExample]
+    evaluation: Sequence[AnyExample]
     report: PrepareReport
     hashes: dict[str, str]
 
@@ -182,9 +194,10 @@ def prepare(
         LoRAError: The source cannot be read, a column is missing, the template does not fit, or no row can be used.
     """
     table = read_table(spec.source, workspace, spec.eval_source)
-    examples, place_of = Examples(max_length), array("q")
+    examples: Any = LabelledExamples(max_length) if spec.is_labelled else Examples(max_length)
+    place_of = array("q")
 
-    def keep(place: int, example: Example) -> None:
+    def keep(place: int, example: AnyExample) -> None:
         place_of.append(place)
         examples.append(example)
 
@@ -241,16 +254,18 @@ def report_of(survey: Survey, split: Split, max_length: int) -> PrepareReport:
         num_tokens=int((lengths - over).sum()),
         num_trained_tokens=survey.num_trained(kept, max_length),
         notes=survey.table.problems,
+        is_labelled=survey.spec.is_labelled,
     )
 
 
 class Batches:
     """Endless batches of right-padded rows, shuffled anew each epoch; the last of an epoch may be smaller.
 
-    Epoch e has the order that (seed, e) draws: what follows on so many rows depends on neither run nor process.
+    Epoch e has the order that (seed, e) draws: what follows on so many rows depends on neither run nor process. Rows
+    with a label stand beside rows of like length.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, pad_token_id: int | None) -> None:
+    def __init__(self, examples: Sequence[AnyExample], batch_size: int, seed: int, pad_token_id: int | None) -> None:
         """Raises LoRAError where there is nothing to draw from."""
         if not examples:
             raise LoRAError("`examples` (=0 rows) must hold at least one row; choose a data set with rows to train on.")
@@ -270,42 +285,76 @@ class Batches:
         """Returns the numbers in the data set, from 1, of the rows of batch `place`, from 0, of `after(num_rows)`."""
         return [example.row for example in next(itertools.islice(self._chosen_after(num_rows), place, None))]
 
-    def _chosen_after(self, num_rows: int) -> Iterator[list[Example]]:
+    def _chosen_after(self, num_rows: int) -> Iterator[list[Any]]:
         first, begin = divmod(num_rows, len(self._examples))
         for epoch in itertools.count(first):
             order = list(range(len(self._examples)))
-            random.Random(f"epoch {self._seed} {epoch}").shuffle(order)
+            chance = random.Random(f"epoch {self._seed} {epoch}")
+            chance.shuffle(order)
+            if isinstance(self._examples[0], LabelledExample):
+                order = self._by_length(order, chance)
             for place in range(begin, len(order), self._batch_size):
                 yield [self._examples[i] for i in order[place : place + self._batch_size]]
             begin = 0
 
+    def _by_length(self, order: list[int], chance: random.Random) -> list[int]:
+        """Returns the same rows, of each few batches those of like length together, and the batches in any order."""
+        size = self._batch_size
+        ordered: list[int] = []
+        for begin in range(0, len(order), size * LENGTHS_ALIKE):
+            ordered += sorted(
+                order[begin : begin + size * LENGTHS_ALIKE], key=lambda i: len(self._examples[i].input_ids)
+            )
+        whole = len(ordered) - len(ordered) % size
+        batches = [ordered[begin : begin + size] for begin in range(0, whole, size)]
+        chance.shuffle(batches)
+        return [i for batch in batches for i in batch] + ordered[whole:]
+
 
 def eval_batches(
-    examples: Sequence[Example], batch_size: int, pad_token_id: int | None
+    examples: Sequence[AnyExample], batch_size: int, pad_token_id: int | None
 ) -> Iterator[dict[str, "Tensor"]]:
     """Yields every example once, those of like length together.
 
-    A batch has input_ids, attention_mask and labels, int64, (batch, seq), padded at the right to its longest row.
+    A batch has input_ids, attention_mask and labels, int64, (batch, seq), padded at the right to its longest row;
+    of rows with a label, labels are (batch), float32 where they are values, and token_type_ids are there where the
+    model wants them.
     """
     ordered = sorted(examples, key=lambda e: len(e.input_ids))
     for begin in range(0, len(ordered), batch_size):
         yield _collate(ordered[begin : begin + batch_size], pad_token_id)
 
 
-def _collate(examples: Sequence[Example], pad_token_id: int | None) -> dict[str, "Tensor"]:
+def _collate(examples: Sequence[Any], pad_token_id: int | None) -> dict[str, "Tensor"]:
     import torch
 
     shape = (len(examples), max(len(e.input_ids) for e in examples))
     # Padding is masked and never trained on, so any id does for a tokenizer that has none.
     input_ids = torch.full(shape, pad_token_id or 0)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED)
     for i, example in enumerate(examples):
         num_tokens = len(example.input_ids)
         input_ids[i, :num_tokens] = torch.tensor(example.input_ids)
         attention_mask[i, :num_tokens] = 1
-        labels[i, :num_tokens] = torch.tensor(example.labels)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if isinstance(examples[0], LabelledExample):
+        return batch | _labels_of(examples, shape)
+    labels = torch.full(shape, IGNORED)
+    for i, example in enumerate(examples):
+        labels[i, : len(example.labels)] = torch.tensor(example.labels)
+    return batch | {"labels": labels}
+
+
+def _labels_of(examples: Sequence[LabelledExample], shape: tuple[int, int]) -> dict[str, "Tensor"]:
+    import torch
+
+    labels = torch.tensor([e.label for e in examples])
+    batch = {"labels": labels if examples[0].is_value else labels.long()}
+    if examples[0].types:
+        batch["token_type_ids"] = types = torch.zeros(shape, dtype=torch.int64)
+        for i, example in enumerate(examples):
+            types[i, : len(example.types)] = torch.tensor(list(example.types))
+    return batch
 
 
 def _rows(number: int) -> str:

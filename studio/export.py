@@ -14,7 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -121,6 +121,8 @@ def make(run: Run, workspace: Workspace, choice: Choice, out: Path) -> Generator
         LoRAError: The run has no adapter, `out` cannot be written, or the kind cannot hold this adapter.
     """
     out = out.expanduser().absolute()
+    if choice.is_file:
+        run.spec.must_write(f"{KINDS[choice.kind]}, which has no head for labels")
     if choice.is_file and out.suffix != ".gguf":
         raise LoRAError(f"`OUT` (={str(out)!r}) must end with .gguf.")
     if out.exists():
@@ -180,7 +182,9 @@ class _Making:
         share_adapter(self.run.adapter_folder, self.adapter)
         adapter = Adapter.load(self.adapter)
         yield Noted("Loading the model")
-        model = models.load_model(self.run.spec.model, self.workspace, dtype=self.reference)
+        spec = self.run.spec
+        options: dict[str, Any] = {"head": spec.head, "seed": spec.train.seed, "dtype": self.reference}
+        model = models.load_model(spec.model, self.workspace, **options)
         adapter.apply(model)
         yield Noted("Reading the rows to try it on")
         rows = certificate.rows_of(self.run, self.workspace, lambda message: None)
@@ -270,6 +274,8 @@ class _Making:
             gguf_type=dtype,
             rows=[row.tolist() for row in rows.ids],
             out=str(self.work / f"logits-{kind}.safetensors"),
+            head=asdict(self.run.spec.head),
+            seed=self.run.spec.train.seed,
         )
         by = f"PEFT {reload.peft_version()}" if kind == "peft" else "LoRA Studio"
         bound = _RELOAD_BOUNDS.get(stored, _RELOAD_BOUNDS["bfloat16"])

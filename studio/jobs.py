@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from core import Evaluated, Event, Failed, Finished, LoRAError, Noted, Resumed, Started, resolve_devices, to_record
+from studio import label_metrics
 from studio.runs import Run, Runs, is_held
 from studio.specs import RunSpec
 from studio.workspace import Workspace
@@ -37,6 +38,10 @@ def start(runs: Runs, spec: RunSpec) -> Run:
         LoRAError: The folder cannot be written, or the device is not there.
     """
     devices_of(spec)
+    if spec.data.is_labelled:
+        from studio import tasks  # with all that reads models and rows
+
+        spec = tasks.settled(spec, runs.workspace)
     run = runs.create(spec)
     enqueue(runs, run)
     return run
@@ -301,8 +306,8 @@ def as_line(event: Event) -> str | None:
     if isinstance(event, Resumed):
         return f"Taken up again after step {event.step}"
     if isinstance(event, Evaluated):
-        scores = "".join(f"  {name} {value:.4f}" for name, value in event.metrics.items())
-        return f"step {event.step:>5}  held-out loss {event.loss:.4f}  ({event.num_trained_tokens} tokens){scores}"
+        scores = f"  {label_metrics.words(event.metrics)}" if event.metrics else ""
+        return f"step {event.step:>5}  held-out loss {event.loss:.4f}  (over {event.num_trained_tokens:,}){scores}"
     if isinstance(event, Finished):
         return (
             f"{event.reason.capitalize()} after step {event.step}; peak memory {event.peak_memory_bytes / 1e9:.2f} GB"

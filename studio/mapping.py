@@ -1,13 +1,16 @@
 """What a data set's columns mean: a spec names them, and a row becomes a conversation or a text."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 from core.declarations import Config, setting
 from core.errors import LoRAError
+from studio.heads import TASKS, TaskName
+from studio.label_metrics import OF_TASK
 from studio.readers import names_of
 from studio.rows import BadRow, Row
 from studio.tables import Table, list_starters
@@ -36,6 +39,7 @@ TEXT_PAIRS = (
     ("#1_string", "#2_string"),
 )
 LABELS = ("label", "gold_label", "quality", "is_duplicate", "score", "similarity")
+MOST_LABELS = 200
 
 Message = dict[str, str]
 RowFault = Literal["unreadable", "empty", "useless"]
@@ -65,6 +69,23 @@ class DataSpec(Config):
     )
     eval_source: str = setting(
         "", "Evaluation data", "The like, whose rows are held out in place of a share of the data set's; may be empty."
+    )
+    task: TaskName = setting(
+        "causal",
+        "Task",
+        "causal: the model writes on from a text. classification: it gives each row one of a few labels. regression: a "
+        "number.",
+        choices=TASKS,
+    )
+    labels: tuple[str, ...] = setting(
+        (), "Labels", "Of a classification, in the order of the model's logits. Empty: those that the rows have."
+    )
+    metric: Literal["auto", "accuracy", "f1", "matthews", "pearson", "spearman"] = setting(
+        "auto",
+        "Score that decides",
+        "By which the best step is found. auto: accuracy, or Pearson's correlation of numbers. GLUE takes F1 on MRPC "
+        "and QQP, Matthews' correlation on CoLA.",
+        choices=("auto", "accuracy", "f1", "matthews", "pearson", "spearman"),
     )
     layout: Literal["pair", "messages", "text"] = setting(
         "pair",
@@ -116,14 +137,97 @@ class DataSpec(Config):
         0, "Most rows", "Takes so many rows, drawn by the seed. 0 takes all.", minimum=0, advanced=True
     )
 
+    @property
+    def is_labelled(self) -> bool:
+        """Whether a row has one label, in place of an answer to write."""
+        return self.task != "causal"
 
-def guess_spec(table: Table, source: str, *, has_chat_template: bool = True) -> DataSpec:
-    """Returns a spec that fits `table`: a starter's own, else by the columns' names, else by their length."""
+    @property
+    def score(self) -> str:
+        """The score that decides; "" for a task that has none."""
+        own = OF_TASK.get(self.task, ("",))[0]
+        return own if self.metric == "auto" else self.metric
+
+    def further_problems(self) -> list[str]:
+        problems = []
+        if self.is_labelled and self.layout != "pair":
+            problems.append(
+                f"`layout` (={self.layout!r}) must be pair for the task {self.task}: one text or two, and a label"
+            )
+        if self.metric != "auto" and self.score not in OF_TASK.get(self.task, ()):
+            known = ", ".join(("auto", *OF_TASK.get(self.task, ())))
+            problems.append(f"`metric` (={self.metric!r}) must be one of {known} for the task {self.task}")
+        if repeated := sorted({label for label in self.labels if self.labels.count(label) > 1}):
+            problems.append(f"`labels` must each be named once; {', '.join(repeated)} is there twice")
+        return problems
+
+
+def guess_spec(
+    table: Table, source: str, *, has_chat_template: bool = True, can_write: bool = True, task: str = ""
+) -> DataSpec:
+    """Returns a spec that fits `table`: a starter's own, else by the columns' names, else by their length.
+
+    A model that can write is asked to write labels, too, unless a `task` is named.
+    """
     template = "chat" if has_chat_template else "plain"
     starter = next((s for s in list_starters() if s.source == source), None)
-    if starter is not None:
-        return DataSpec.from_dict({"source": source, "template": template, **starter.mapping})
-    return DataSpec.from_dict({"source": source, "template": template, **_guess_columns(table)})
+    columns = _guess_columns(table) if starter is None else starter.mapping
+    spec = DataSpec.from_dict({"source": source, "template": template, **columns})
+    return spec if can_write and task in ("", "causal") else with_task(spec, table, task)
+
+
+def with_task(spec: DataSpec, table: Table, task: str = "") -> DataSpec:
+    """Returns a spec for a task with labels, by what is in its label column; as it is where that holds none.
+
+    Args:
+        spec: Which columns.
+        table: The rows.
+        task: "" for the one that the column asks for.
+    """
+    if spec.layout != "pair" or spec.completion not in table.columns:
+        return spec
+    if task not in ("classification", "regression"):
+        texts = [str(row.get(spec.completion, "")) for row in table.rows[:2000] if not isinstance(row, BadRow)]
+        is_number = all(map(_is_number, texts)) and any(not text.isdigit() for text in texts)
+        task = "regression" if is_number else "classification"
+    known = {} if task == "regression" else {"labels": labels_of(table, spec.completion, strict=False)}
+    if task == "classification" and not known["labels"]:
+        return spec
+    name = _plain(spec.completion)
+    metric = "f1" if name in ("quality", "is_duplicate") else "matthews" if "cola" in spec.source.lower() else "auto"
+    settled = replace(spec, task=task, metric=metric if task == "classification" else "auto", **known)
+    return replace(settled, instruction="")  # it is for a model that writes
+
+
+def labels_of(table: Table, column: str, *, strict: bool = True) -> tuple[str, ...]:
+    """Returns the different labels that a column has, numbers by their size.
+
+    Raises:
+        LoRAError: With `strict`, they are fewer than two, or too many to be labels; else none are returned then.
+    """
+    found: dict[str, None] = {}
+    for rows in (table.rows, table.eval_rows):
+        for row in rows:
+            if not isinstance(row, BadRow) and (text := _cell(row, column).strip()):
+                found[text] = None
+            if len(found) > MOST_LABELS:
+                break
+    if 2 <= len(found) <= MOST_LABELS:
+        return tuple(sorted(found, key=lambda text: (float(text), text) if _is_number(text) else (math.inf, text)))
+    if not strict:
+        return ()
+    number = f"more than {MOST_LABELS}" if len(found) > MOST_LABELS else str(len(found))
+    raise LoRAError(
+        f"`completion` (={column!r}) must have 2 to {MOST_LABELS} different labels for the task classification; it has "
+        f"{number}. Choose another column, or the task regression for numbers."
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def format_of(table: Table, spec: DataSpec) -> str:
@@ -220,6 +324,45 @@ def to_messages(row: Row, spec: DataSpec) -> list[Message] | str:
             messages[first] = {"role": "user", "content": joined}
         return messages
     return [_question(row, spec), {"role": "assistant", "content": _filled(row, spec.completion)}]
+
+
+class Labelled(NamedTuple):
+    """A row with a label.
+
+    Attributes:
+        texts: One, or two.
+        label: The number of its label, or its value.
+        is_value: Whether it is a value.
+    """
+
+    texts: tuple[str, ...]
+    label: float
+    is_value: bool = False
+
+
+def to_labelled(row: Row, spec: DataSpec) -> Labelled:
+    """Returns the texts and the label that a row holds.
+
+    Raises:
+        RowError: The row could not be read, or lacks what it should hold.
+    """
+    if isinstance(row, BadRow):
+        raise RowError(row.reason, "unreadable")
+    texts = texts_of(_filled(row, spec.prompt), _cell(row, spec.context) if spec.context else "", spec)
+    said = _filled(row, spec.completion).strip()
+    if spec.task == "regression":
+        if not _is_number(said):
+            raise RowError(f"`{spec.completion}` (={said[:40]!r}) is no number")
+        return Labelled(texts, float(said), is_value=True)
+    if said not in spec.labels:
+        raise RowError(f"`{spec.completion}` (={said[:40]!r}) is none of the labels ({names_of(spec.labels)})")
+    return Labelled(texts, spec.labels.index(said))
+
+
+def texts_of(first: str, second: str, spec: DataSpec) -> tuple[str, ...]:
+    """Returns a text, or two, as training gives them to the model."""
+    first = f"{spec.instruction}\n\n{first}" if spec.instruction else first
+    return (first, second) if second.strip() else (first,)
 
 
 def prompt_messages(row: Row, spec: DataSpec) -> list[Message] | str:

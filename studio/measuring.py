@@ -48,7 +48,12 @@ class Bench:
 
     @classmethod
     def of(cls, run: Run) -> Self:
-        """Returns that of a run: its model, rows and settings."""
+        """Returns that of a run: its model, rows and settings.
+
+        Raises:
+            LoRAError: Its model writes nothing, so that text has no loss.
+        """
+        run.spec.must_write("losses of text")
         return cls(run.spec.model, run.spec.data, run.spec.train)
 
     def to_dict(self) -> dict[str, Any]:

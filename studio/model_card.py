@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from core import Adapter, spectrum
-from studio import certificate, models
+from studio import certificate, label_metrics, models
 from studio.certificate import Report
 from studio.runs import Run
 
@@ -42,17 +42,22 @@ def _base(run: Run, info: models.ModelInfo) -> str:
 
 
 def _how_to_load(run: Run, info: models.ModelInfo, *, merged: bool) -> str:
+    head = run.spec.head
+    kind = "AutoModelForSequenceClassification" if head.is_of_rows else "AutoModelForCausalLM"
     if merged:
-        code = 'model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")'
-        lines = ["from transformers import AutoModelForCausalLM", "", code]
+        lines = [f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("THIS FOLDER")']
     else:
-        lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", ""]
+        lines = ["from peft import PeftModel", f"from transformers import {kind}", ""]
         name = json.dumps(run.spec.model) if info.kind == "hub" else f'"FOLDER OF {_line(info.name)}"'
-        lines += [f"base = AutoModelForCausalLM.from_pretrained({name})"]
+        count = f", num_labels={len(head.labels) or 1}" if head.is_of_rows else ""
+        lines += [f"base = {kind}.from_pretrained({name}{count})"]
         lines += ['model = PeftModel.from_pretrained(base, "THIS FOLDER")']
     words = ["```python", *lines, "```"]
     if not merged:
         words += ["", "In LoRA Studio: `lora-studio import THIS_FOLDER --model MODEL`, or drop it on the page."]
+    if head.labels:
+        named = ", ".join(f"{number} {_line(label)}" for number, label in enumerate(head.labels))
+        words += ["", f"Its labels: {named}."]
     return "\n".join(words)
 
 
@@ -71,6 +76,8 @@ def _training(run: Run) -> str:
     losses = [f"{e.loss:.4f} (step {e.step})" for e in log.evaluations]
     if losses:
         rows.append(("held-out loss", " → ".join(dict.fromkeys((losses[0], losses[-1])))))
+    if log.evaluations and log.evaluations[-1].metrics:
+        rows.append(("held-out rows", label_metrics.words(log.evaluations[-1].metrics)))
     if len(log.steps):
         rows.append(("training loss", f"{log.steps[0].loss:.4f} → {log.steps[-1].loss:.4f}"))
     for source, digest in run.data_hashes.items():

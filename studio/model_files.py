@@ -14,8 +14,8 @@ from typing import Any
 import core
 from core import LoRAError, cut, quoted
 
-STARTER = "starter"
-"""The name of the model that is always there."""
+STARTER, STARTER_ENCODER = "starter", "starter-encoder"
+"""The names of the models that come with the studio: one that writes, and one for labels."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")

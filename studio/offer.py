@@ -55,6 +55,7 @@ def offer(words: Sequence[str], base: str | None, find: Callable[[str], Run]) ->
             run = find(place)
             folder, name = run.adapter_folder, name or run.id
             model, template = run.spec.model, run.spec.data.template
+            run.spec.must_write("OpenAI's endpoints")
             if not run.has_adapter:
                 raise LoRAError(f"`ADAPTER` (={place!r}) must have an adapter; {run.id} has none yet.")
         if not re.fullmatch(r"[\w.:@/-]+", name) or name in folders:

@@ -31,6 +31,7 @@ from core import (
     resolve_devices,
 )
 from studio import models, setup
+from studio.heads import Head
 from studio.jobs import ENVIRONMENT
 from studio.remedies import Remedy, for_memory
 from studio.specs import RunSpec
@@ -81,16 +82,18 @@ class Plan:
 
 
 class Planner:
-    """Makes plans for one model, whose skeleton it keeps."""
+    """Makes plans for one model with one head, whose skeleton it keeps."""
 
-    def __init__(self, model: str, workspace: Workspace, skeleton: nn.Module | None = None) -> None:
-        """Takes a model's name, and its skeleton if there is one already.
+    def __init__(
+        self, model: str, workspace: Workspace, skeleton: nn.Module | None = None, head: Head | None = None
+    ) -> None:
+        """Takes a model's name, and its skeleton if there is one already; else its head, if it is not its own.
 
         Raises:
             LoRAError: `model` names nothing that has a config which can be built from.
         """
         self._workspace = workspace
-        self._skeleton = skeleton or models.skeleton(model, workspace, needs_weights=False)
+        self._skeleton = skeleton or models.skeleton(model, workspace, head, needs_weights=False)
         self._model = model
         self._known: dict[str, MemoryForecast] = {}
 
@@ -159,6 +162,7 @@ class Planner:
                 prepare=setup.preparation(spec),
                 num_devices=num_devices or len(devices),
                 on_heap=devices[0].type == "cpu",
+                per_row=spec.head.is_of_rows,
             )
         except LoRAError:
             raise

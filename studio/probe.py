@@ -91,8 +91,9 @@ def measure(spec: RunSpec, workspace: Workspace, *, full_rows: bool = False) -> 
     """Takes the steps in this process; see `Probing`."""
     import torch
 
-    from studio import data, models, setup
+    from studio import data, models, setup, tasks
 
+    spec = tasks.settled(spec, workspace)
     devices = resolve_devices(spec.train.device)
     device, world = devices[0], World()
     if len(devices) > 1 and spec.train.shard_weights:
@@ -121,10 +122,12 @@ def measure(spec: RunSpec, workspace: Workspace, *, full_rows: bool = False) -> 
     if batch is None:
         shape = (config.batch_size, spec.row_length)
         ids = torch.randint(0, model.config.get_text_config().vocab_size, shape)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        number = torch.float32 if spec.data.task == "regression" else torch.int64
+        labels = torch.zeros(len(ids), dtype=number) if spec.head.is_of_rows else ids
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     loading = peak_memory_bytes(device)
     seconds = []
-    for event in train(model, iter([batch] * NUM_STEPS), config):
+    for event in train(model, iter([batch] * NUM_STEPS), config, row_labels=tasks.row_labels(spec)):
         if isinstance(event, Step):
             seconds.append(event.step_seconds)
             yield Noted(f"Step {event.step} of {NUM_STEPS}")
@@ -133,7 +136,7 @@ def measure(spec: RunSpec, workspace: Workspace, *, full_rows: bool = False) -> 
     yield Probe(
         device=str(device),
         num_rows=len(batch["labels"]),
-        num_tokens=batch["labels"].shape[1],
+        num_tokens=batch["input_ids"].shape[1],
         framework_bytes=own,
         loading_bytes=loading + outside,
         peak_bytes=peak_memory_bytes(device) + outside,

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from core import Adapter, LoRAError, lora_layers
 from studio import gguf_export, gguf_families, models
 from studio.certificate import logits_of
+from studio.heads import CAUSAL, Head
 from studio.workspace import Workspace
 
 FACTOR_ERRORS = {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2, "q8_0": 2e-2}
@@ -36,13 +37,18 @@ import json, sys
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 task = json.load(sys.stdin)
-dtype = getattr(torch, task["dtype"])
-base = AutoModelForCausalLM.from_pretrained(task["model"], dtype=dtype, local_files_only=True, use_safetensors=True)
+options = {"dtype": getattr(torch, task["dtype"]), "local_files_only": True, "use_safetensors": True}
+if task["head"]["task"] == "causal":
+    base = AutoModelForCausalLM.from_pretrained(task["model"], **options)
+else:
+    options |= {"num_labels": len(task["head"]["labels"]) or 1, "ignore_mismatched_sizes": True}
+    base = AutoModelForSequenceClassification.from_pretrained(task["model"], **options)
 model = PeftModel.from_pretrained(base, task["path"]).eval()
 with torch.inference_mode():
     found = {str(i): model(input_ids=torch.tensor([ids])).logits[0].float() for i, ids in enumerate(task["rows"])}
+found = {i: logits.reshape(-1, logits.shape[-1]) for i, logits in found.items()}
 save_file(found, task["out"])
 """
 
@@ -61,6 +67,8 @@ class Task:
         gguf_type: Of a GGUF file, as it is named there.
         rows: Token ids of each row.
         out: Where the logits go, as safetensors.
+        head: The fields of the model's `Head`.
+        seed: By which a head that the base was not saved with is drawn.
     """
 
     kind: str
@@ -72,6 +80,8 @@ class Task:
     gguf_type: str
     rows: list[list[int]]
     out: str
+    head: dict[str, Any] = field(default_factory=lambda: asdict(CAUSAL))
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,18 +153,18 @@ def main() -> int:
 
 def _open(task: Task) -> dict[str, object]:
     rows = [torch.tensor(ids) for ids in task.rows]
-    dtype = getattr(torch, task.dtype)
+    dtype, head = getattr(torch, task.dtype), Head(task.head["task"], tuple(task.head["labels"]))
     if task.kind == "gguf":
         tree: Any = models.skeleton(task.model, Workspace(task.workspace))
         if not gguf_families.Naming.of(tree.config).is_read_by_transformers:
             return _open_by_names(task, rows)
     if task.kind in ("merged", "gguf"):
         with tempfile.TemporaryDirectory(dir=Path(task.out).parent) as scratch:  # a GGUF file is converted, once
-            model = models.load_model(task.path, Workspace(scratch), dtype=dtype)
+            model = models.load_model(task.path, Workspace(scratch), dtype=dtype, head=head)
             digests = {name: gguf_export.digest(p) for name, p in model.named_parameters()}
             _save(task, logits_of(model, rows))
         return {"digests": digests}
-    model = models.load_model(task.model, Workspace(task.workspace), dtype=dtype)
+    model = models.load_model(task.model, Workspace(task.workspace), dtype=dtype, head=head, seed=task.seed)
     wanted = Adapter.load(task.adapter)
     if task.kind == "adapter":
         found = Adapter.load(task.path)

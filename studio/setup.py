@@ -67,8 +67,9 @@ def adapted_model(
     note("Loading the model")
     with world.first_alone():
         at_first = "cpu" if spec.train.shard_weights else str(device)  # it may be too large for the device
+        options: dict[str, Any] = {"head": spec.head, "seed": spec.train.seed, "progress": note}
         dtype = weights_dtype(spec, device)
-        model = models.load_model(spec.model, workspace, device=at_first, dtype=dtype, progress=note)
+        model = models.load_model(spec.model, workspace, device=at_first, dtype=dtype, **options)
     preparation(spec)(model)
     injection = apply_method(model, spec.method, spec.lora, seed=spec.train.seed)
     if spec.train.shard_weights:
@@ -89,6 +90,9 @@ def preparation(spec: RunSpec) -> Callable[[Any], None]:
     """Returns what is done to a model before it is adapted."""
 
     def prepare(model: Any) -> None:
-        models.prepare_to_train(model, activation_checkpointing=spec.train.activation_checkpointing)
+        # By paths: `tasks.settled` names the head so; what a person names beside it may be the end of many.
+        paths = {path for path, _ in model.named_modules()}
+        head = [name for name in spec.lora.modules_to_save if name in paths] if spec.head.is_of_rows else None
+        models.prepare_to_train(model, activation_checkpointing=spec.train.activation_checkpointing, head=head)
 
     return prepare

@@ -8,6 +8,7 @@ from typing import Any, Self
 from core import Config, LoRAConfig, LoRAError, MethodConfig, TrainConfig, quoted, read_json
 from studio.data import DataSpec
 from studio.generating import EvaluationSpec
+from studio.heads import Head
 
 MIN_ROW_LENGTH = 8
 
@@ -26,7 +27,7 @@ class RunSpec:
 
     Attributes:
         name: What people call it; any text.
-        model: "starter", a Hub id, a folder or a `.gguf` file.
+        model: "starter", "starter-encoder", a Hub id, a folder or a `.gguf` file.
         data: Which rows, and how they become tokens.
         lora: What is adapted.
         train: How it is trained.
@@ -43,6 +44,23 @@ class RunSpec:
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     continues: str = ""
     method: MethodConfig = field(default_factory=MethodConfig)
+
+    @property
+    def head(self) -> Head:
+        """The head that the model needs for the task."""
+        return Head(self.data.task, self.data.labels)
+
+    def must_write(self, what: str) -> None:
+        """Refuses what only a model that writes can do.
+
+        Raises:
+            LoRAError: The task has labels; `what` is said to want a model that writes.
+        """
+        if self.data.is_labelled:
+            raise LoRAError(
+                f"`task` (={self.data.task!r}) must be causal for {what}: this run's model gives labels or "
+                "numbers, and writes nothing."
+            )
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:

@@ -35,11 +35,12 @@ from core import (
     spectra,
     weight_svd,
 )
-from studio import data, hub, jobs, models, sweeps
+from studio import data, hub, jobs, models, sweeps, tasks
 from studio.chat import KEPT_ADAPTERS, Engine
 from studio.checkpoints import ADAPTER_FILES
+from studio.heads import CAUSAL, Head
 from studio.history import Shown
-from studio.model_files import STARTER
+from studio.model_files import STARTER, STARTER_ENCODER
 from studio.opened import Opened, Source, read_matrix
 from studio.panes import Pane
 from studio.planner import Planner
@@ -85,13 +86,29 @@ class Studio:
         """Returns what is known of a model before a weight is loaded."""
         return self._keep("info", model, lambda: models.describe(model, self.workspace))
 
-    def skeleton(self, model: str) -> nn.Module:
-        """Returns the model's tree of modules on the meta device."""
-        return self._keep("skeleton", model, lambda: models.skeleton(model, self.workspace))
+    def skeleton(self, model: str, head: Head | None = None) -> nn.Module:
+        """Returns the model's tree of modules on the meta device, with its own head or another."""
+        return self._keep("skeleton", (model, head), lambda: models.skeleton(model, self.workspace, head), most=2)
 
-    def planner(self, model: str) -> Planner:
-        """Returns what forecasts the memory of runs of a model."""
-        return self._keep("planner", model, lambda: Planner(model, self.workspace, self.skeleton(model)))
+    def planner(self, model: str, head: Head = CAUSAL) -> Planner:
+        """Returns what forecasts the memory of runs of a model with such a head."""
+        return self._keep(
+            "planner", (model, head), lambda: Planner(model, self.workspace, self.skeleton(model, head)), most=2
+        )
+
+    def settled(self, spec: RunSpec) -> RunSpec:
+        """Returns a spec that says all of its task, as `tasks.settled`.
+
+        Raises:
+            LoRAError: As there, or pages may not open a file.
+        """
+        if not spec.data.is_labelled:
+            return spec
+        self.check_model(spec.model)
+        if spec.data.task == "classification" and not spec.data.labels:
+            table = self.table(spec.data.source, spec.data.eval_source)
+            return tasks.settled(spec, self.workspace, table=table)
+        return tasks.settled(spec, self.workspace, tree=self.skeleton(spec.model, spec.head))
 
     def table(self, source: str, eval_source: str = "") -> Table:
         """Returns a data set's rows, read anew when a file of it has changed.
@@ -233,6 +250,7 @@ class Studio:
 
     def engine(self, run: Run) -> Engine:
         """Returns the engine of a run's base model, which finds the adapters of all runs on that model."""
+        run.spec.must_write("a chat")
         return self._engine_of(run.spec.model, run.spec.train)
 
     def engine_for(self, opened: Opened) -> tuple[Engine, Pane]:
@@ -283,7 +301,7 @@ class Studio:
             LoRAError: A column or a matrix does not exist, r is larger than a matrix, or pages may not open a file.
         """
         self.check_model(spec.model)
-        plan_method(self.skeleton(spec.model), spec.method, spec.lora)
+        plan_method(self.skeleton(spec.model, spec.head), spec.method, spec.lora)
         if spec.row_length:  # it raises where nothing is left of a row
             data.check_spec(spec.data, self.table(spec.data.source, spec.data.eval_source))
 
@@ -293,7 +311,7 @@ class Studio:
         Raises:
             LoRAError: As of `check`; nothing is started then.
         """
-        wanted = sweeps.grid(spec, sweeps.parse((sweep or "").splitlines()))
+        wanted = [self.settled(one) for one in sweeps.grid(spec, sweeps.parse((sweep or "").splitlines()))]
         for one in wanted:
             self.check(one)
         first, *_ = [jobs.start(self.runs, one) for one in wanted]
@@ -306,7 +324,7 @@ class Studio:
             LoRAError: `model` is a place outside of `open_folders`.
         """
         is_on_hub = hub.ID.fullmatch(model) and not Path(model).exists()  # a folder of that name would go before
-        if model != STARTER and not is_on_hub:
+        if model not in (STARTER, STARTER_ENCODER) and not is_on_hub:
             self._check_place("model", model)
 
     def check_places(self, spec: RunSpec) -> None:
@@ -358,7 +376,7 @@ class Studio:
         """Returns the base model that an adapter names, where it is here: nothing is fetched without being asked."""
         model = adapter.base_model or ""
         try:
-            if model != STARTER:
+            if model not in (STARTER, STARTER_ENCODER):
                 self._check_place("model", model)
             adapter.check_fit(self.skeleton(model))
         except LoRAError:

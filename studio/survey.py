@@ -9,11 +9,12 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from studio.mapping import DataSpec, Message, RowError, RowFault, check_spec, to_messages
+from studio.labelled import LabelledExample, tokenize_labelled
+from studio.mapping import DataSpec, Labelled, Message, RowError, RowFault, check_spec, to_labelled, to_messages
 from studio.mends import Home
 from studio.rendering import IGNORED, Example, Piece, beyond, end_tokens, render, tokenize_pieces
 from studio.rows import Row
@@ -64,7 +65,8 @@ class Survey:
         spec: Which are taken, and how they become tokens.
         num_first: How many of the taken rows are of the table's `rows`; those after them are of its `eval_rows`.
         num_tokens: (num_taken,) length before any cut; 0 where a row cannot be used.
-        first, last: (num_taken,) where the first and the last trained token stand, from 0; -1 where there is none.
+        first, last: (num_taken,) where the first and the last trained token stand, from 0; -1 where there is none. Of
+            rows with a label both are 0: it is always trained.
         flags: (num_taken,) `REPLACED` and so on.
         labels: Completion -> rows, where there are few of them; else None.
         end: The end token that answers have, as text; "" where none has been seen.
@@ -77,7 +79,7 @@ class Survey:
         spec: DataSpec,
         tokenizer: "Tokenizer",
         seed: int,
-        keep: Callable[[int, Example], None] | None = None,
+        keep: Callable[[int, Any], None] | None = None,
     ) -> None:
         """Takes note of what is to be read; `read` reads it.
 
@@ -86,7 +88,7 @@ class Survey:
             spec: Which, and what they mean.
             tokenizer: The model's.
             seed: Of the draw of rows.
-            keep: Given each row's place and its uncut tokens.
+            keep: Given each row's place and its uncut tokens, an `Example` or a `LabelledExample`.
 
         Raises:
             LoRAError: A column is missing.
@@ -129,32 +131,37 @@ class Survey:
 
     def _read_batch(self, numbers: list[int]) -> None:
         start = self.num_read
-        rendered: list[list[Piece] | RowError] = []
+        rendered: list[Any] = []
         for offset, number in enumerate(numbers):
             rows = self.table.rows if start + offset < self.num_first else self.table.eval_rows
             rendered.append(self._measure(rows[number]))
-        tokens = iter(tokenize_pieces([r for r in rendered if not isinstance(r, RowError)], self._tokenizer))
+        tokenize: Any = tokenize_labelled if self.spec.is_labelled else tokenize_pieces
+        tokens = iter(tokenize([r for r in rendered if not isinstance(r, RowError)], self._tokenizer))
         for offset, found in enumerate(rendered):
             self._add(start + offset, found if isinstance(found, RowError) else next(tokens))
 
-    def _measure(self, row: Row) -> list[Piece] | RowError:
-        """Returns the rendered row, or what is wrong with it; notes what needs its text."""
+    def _measure(self, row: Row) -> list[Piece] | Labelled | RowError:
+        """Returns the rendered row, or its texts and label, or what is wrong with it; notes what needs its text."""
         flags, prompt, whole = 0, 0, 0
         try:
             content = to_messages(row, self.spec)
-            pieces = render(row, self.spec, self._tokenizer)
+            rendered = self._rendered(row)
             flags, prompt = self._flags(content), hash(prompt_of(content))
-            whole = hash("".join(piece.text for piece in pieces))
+            whole = hash(rendered if isinstance(rendered, Labelled) else "".join(piece.text for piece in rendered))
             if self.labels is not None:
                 self.labels[content[-1]["content"]] += 1  # type: ignore[index]
-                self.labels = self.labels if len(self.labels) <= MAX_LABELS else None
-            return pieces
+                most = max(MAX_LABELS, len(self.spec.labels))
+                self.labels = self.labels if len(self.labels) <= most else None
+            return rendered
         except RowError as error:
             return error
         finally:
             self.flags.append(flags)
             self._prompt.append(prompt)
             self._row.append(whole)
+
+    def _rendered(self, row: Row) -> list[Piece] | Labelled:
+        return to_labelled(row, self.spec) if self.spec.is_labelled else render(row, self.spec, self._tokenizer)
 
     def _flags(self, content: list[Message] | str) -> int:
         texts = [content] if isinstance(content, str) else [m["content"] for m in content]
@@ -167,11 +174,18 @@ class Survey:
                 flags |= SPECIAL if self._marks and self._marks.search(text) else 0
         return flags
 
-    def _add(self, place: int, found: Example | RowError) -> None:
+    def _add(self, place: int, found: Example | LabelledExample | RowError) -> None:
         if isinstance(found, RowError):
             self._reason.append(self._reasons.setdefault((found.kind, str(found)), len(self._reasons)))
             for numbers, none in ((self.num_tokens, 0), (self.first, -1), (self.last, -1)):
                 numbers.append(none)
+            return
+        if isinstance(found, LabelledExample):
+            self._reason.append(-1)
+            self.num_tokens.append(len(found.input_ids))
+            self.first.append(0)
+            self.last.append(0)
+            self._keep(place, found._replace(row=self.number(place)))
             return
         trained = [i for i, label in enumerate(found.labels) if label != IGNORED]
         end = self._ends.get(found.labels[trained[-1]])

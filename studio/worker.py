@@ -46,7 +46,7 @@ from core import (
     train,
     trained_of,
 )
-from studio import data, launcher, models, setup
+from studio import data, label_metrics, launcher, models, setup, tasks
 from studio.checkpoints import best, share_adapter
 from studio.evaluation import Evaluator
 from studio.event_log import EventWriter
@@ -191,8 +191,8 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
         if world.is_first and run.stop_asked:
             raise _StopAskedError(run.stop_asked)
 
-    spec = run.spec
     workspace = Workspace(run.workspace_root)
+    spec = tasks.settled(run.spec, workspace)
     device = world.device(spec.train.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -215,7 +215,8 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
     batches = data.Batches(prepared.train, num_rows, seed=spec.train.seed, pad_token_id=pad)
     evaluation = list(data.eval_batches(prepared.evaluation, num_rows, pad)) or None
     rest = batches.after(start.num_rows if start else 0)
-    training = train(model, rest, spec.train, eval_batches=evaluation, start=start, world=world)
+    scored = tasks.row_labels(spec)
+    training = train(model, rest, spec.train, eval_batches=evaluation, start=start, world=world, row_labels=scored)
     try:
         events = (_measured(event, training, model, evaluator) for event in training)
         _drain(run, keeper, training, events, lambda: trained_of(model, base_model=spec.model), world)
@@ -281,8 +282,8 @@ def _drain(
             save_adapter()
         keeper.say(event)
         if isinstance(event, Evaluated):
-            scores = "".join(f", {name} {value:.4f}" for name, value in event.metrics.items())
-            log.info("step %d: loss %.4f on held-out rows%s", event.step, event.loss, scores)
+            scores = f", {label_metrics.words(event.metrics)}" if event.metrics else ""
+            log.info("step %d: loss %.4f%s on held-out rows", event.step, event.loss, scores)
         reason, due = world.agree((run.stop_asked if isinstance(event, Step) else "", is_due(event)))
         if reason or due:
             checkpoint()
@@ -329,13 +330,15 @@ def _predicted_bytes(run: Run) -> dict[str, int]:
         devices = resolve_devices(spec.train.device)
         dtype, prepare = setup.weights_dtype(spec, devices[0]), setup.preparation(spec)
         settings = {"method": spec.method, "prepare": prepare, "num_devices": len(devices)}
-        return forecast_memory(skeleton, spec.lora, spec.train, dtype, **settings)
+        return forecast_memory(skeleton, spec.lora, spec.train, dtype, per_row=spec.head.is_of_rows, **settings)
 
     try:
-        skeleton = models.skeleton(run.spec.model, Workspace(run.workspace_root))
-        terms = forecast(run.spec).terms
+        workspace = Workspace(run.workspace_root)
+        asked = tasks.settled(run.spec, workspace)
+        skeleton = models.skeleton(asked.model, workspace, asked.head)
+        terms = forecast(asked).terms
         predicted = dict(terms)
-        for remedy in for_memory(run.spec):
+        for remedy in for_memory(asked):
             with suppress(LoRAError):  # the model has no such matrices
                 if (total := forecast(remedy.spec).total) < sum(terms.values()):
                     predicted[remedy.label] = total

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from core.errors import LoRAError
+from core.rows import IGNORED
 from core.wrapper import StandIn
 
-IGNORED = -100
 """The label of a token that is not trained, as in torch's cross-entropy."""
 
 

@@ -103,7 +103,7 @@ def shown(studio: Studio, spec: RunSpec, free_bytes: int | None, measured: bars.
     Raises:
         LoRAError: As of `Planner.plan`.
     """
-    plan = studio.planner(spec.model).plan(spec, free_bytes=free_bytes)
+    plan = studio.planner(spec.model, spec.head).plan(spec, free_bytes=free_bytes)
     words, kind = bars.verdict(plan)
     return theme.said(words, kind) + bars.drawn(plan, measured)
 
@@ -229,7 +229,7 @@ def wire(
             asked.probing = None
 
     def compared(found: Probe, spec: RunSpec) -> bars.Measured:
-        planner = studio.planner(spec.model)
+        planner = studio.planner(spec.model, spec.head)
         same = replace(spec, train=replace(spec.train, batch_size=found.num_rows, max_length=found.num_tokens))
         whole, alike = (planner.forecast(one, num_devices=1).total for one in (spec, same))
         return bars.Measured(found, whole, alike)
@@ -265,7 +265,7 @@ def wire(
         turn, asked.offered = asked.turn, []
         asked.spec = spec = read(*values, rows=False)
         studio.check_model(spec.model)
-        planner = studio.planner(spec.model)
+        planner = studio.planner(spec.model, spec.head)
         yield [theme.said("Looking for what makes it fit …"), *no_offers()]
         room = planner.plan(spec, free_bytes=free_bytes_of(free)).free_bytes
         if not room:

@@ -468,7 +468,7 @@ def test_a_worker_lives_on_its_own_and_saves_when_it_is_ended(workspace, spec, r
         (Noted("Reading the data"), "Reading the data"),
         (Started(60, 384, 10_000, "cpu", "bfloat16", "x"), "60 steps on cpu, weights in bfloat16"),
         (STEP, None),
-        (Evaluated(10, 0.75, 512, 0.25), "step    10  held-out loss 0.7500  (512 tokens)"),
+        (Evaluated(10, 0.75, 512, 0.25), "step    10  held-out loss 0.7500  (over 512)"),
         (Finished(60, "done", 1_500_000_000), "Done after step 60; peak memory 1.50 GB"),
         (Finished(7, "stopped", 0), "Stopped after step 7; peak memory 0.00 GB"),
         (Failed("No row."), "Failed: No row."),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from core import LoRAConfig, LoRAError, inject, lora_layers, matrix_at
 from studio import gguf as studio_gguf
 from studio import models
+from studio.heads import CAUSAL
 from studio.workspace import Workspace
 from tests.studio.ggufs import write_gguf
 
@@ -401,7 +402,7 @@ SPOILED = {
     "unknown family": (config(model_type="mine"), r"family that the installed transformers knows; .*'mine'"),
     "encoder": (
         config(architectures=["BertForMaskedLM"]),
-        r"writes on from a text \(…ForCausalLM or …LMHeadModel\); this one is BertForMaskedLM",
+        r"writes on from a text \(…ForCausalLM or …LMHeadModel\) for the task causal; this one is BertForMaskedLM",
     ),
 }
 
@@ -411,18 +412,21 @@ def test_unusable_folder_gives_one_clear_sentence(folder, workspace, spoil, mess
     spoil(folder)
     with pytest.raises(LoRAError, match=message) as caught:
         models.load_tokenizer(str(folder), workspace)
-        models.skeleton(str(folder), workspace)
-        models.load_model(str(folder), workspace)
+        models.skeleton(str(folder), workspace, CAUSAL)
+        models.load_model(str(folder), workspace, head=CAUSAL)
     assert "\n" not in str(caught.value)
 
 
-def test_sentence_encoder_is_no_language_model(tmp_path, tokenizer, workspace):
+def test_sentence_encoder_is_told_from_a_model_that_writes(tmp_path, tokenizer, workspace):
     config = transformers.BertConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     save_folder(tmp_path, transformers.BertModel(config), tokenizer)
+    info = models.describe(str(tmp_path), workspace)
+    encoder = transformers.BertModel(config, add_pooling_layer=True)
+    assert (info.can_write, info.num_parameters) == (False, sum(p.numel() for p in encoder.parameters()))
     with pytest.raises(LoRAError, match="this one is BertModel"):
-        models.describe(str(tmp_path), workspace)
+        models.skeleton(str(tmp_path), workspace, CAUSAL)
 
 
 def test_tokenizer_without_any_end_is_refused(folder, workspace):
