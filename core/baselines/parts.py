@@ -12,8 +12,6 @@ from core.errors import LoRAError
 from core.rows import IGNORED
 from core.wrapper import StandIn
 
-"""The label of a token that is not trained, as in torch's cross-entropy."""
-
 
 class Bottleneck(nn.Module):
     """An adapter layer: x + up(f(down(norm(x)))), d → r → d, with biases; `norm` is a LayerNorm or nothing.
