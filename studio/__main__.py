@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from core import METHODS, Failed, LoRAError, gpus, resolve_device, settings
 from studio import analysis, evaluate_command, home_commands
+from studio.experiments import command as experiment_command
 from studio.specs import PARTS
 from studio.workspace import Workspace
 
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_spec(plan, nargs="?")
     commands_for_runs(command)
     analysis.add_commands(command)
+    experiment_command.add_commands(command)
     home_commands.add_commands(of_runs(command))
     evaluate_command.add_command(of_runs(command))
     api = command("serve-api", _serve_api, "Serve adapters to OpenAI's clients, on this machine only.")

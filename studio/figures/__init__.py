@@ -5,6 +5,7 @@ Nothing here touches matplotlib's global state for drawing: every figure is a `F
 `studio.palette` and mean the same everywhere; each also has its own line style, marker or hatch.
 """
 
+from studio.figures.compared import bars_figure, lines_figure
 from studio.figures.damping import damping_figure
 from studio.figures.heat import heat_figure
 from studio.figures.loss import loss_figure

@@ -1,0 +1,155 @@
+"""Which matrices to adapt, and with which rank: the paper's Tables 5 and 6."""
+
+from collections.abc import Mapping, Sequence
+
+from core import LoRAConfig
+from studio import models
+from studio.experiments.base import Asked, Experiment, Piece, Record, Result, Table, by_seed, spread
+from studio.experiments.runs import SCALES, held_out, of_text
+from studio.workspace import Workspace
+
+_LETTERS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+_PAPER_5 = {
+    "q": (8, 70.4, 91.0),
+    "k": (8, 70.0, 90.8),
+    "v": (8, 73.0, 91.0),
+    "o": (8, 73.2, 91.3),
+    "q, k": (4, 71.4, 91.3),
+    "q, v": (4, 73.7, 91.3),
+    "q, k, v, o": (2, 73.7, 91.7),
+}
+"""Matrices → the paper's r, and its accuracy on WikiSQL and MNLI, in per cent."""
+
+_PAPER_6 = {
+    "q": ((68.8, 69.6, 70.5, 70.4, 70.0), (90.7, 90.9, 91.1, 90.7, 90.7)),
+    "q, v": ((73.4, 73.3, 73.7, 73.8, 73.5), (91.3, 91.4, 91.3, 91.6, 91.4)),
+    "q, k, v, o": ((74.1, 73.7, 74.0, 74.0, 73.9), (91.2, 91.7, 91.7, 91.5, 91.4)),
+}
+_RANKS = (1, 2, 4, 8, 64)
+
+
+def _shapes(asked: Asked, workspace: Workspace) -> dict[str, int]:
+    """Returns letter → in + out features of that matrix in the first layer: what one rank of it costs."""
+    tree = models.skeleton(asked.model or "starter", workspace)
+    found = {}
+    for path, module in tree.named_modules():
+        for letter, name in _LETTERS.items():
+            if path.endswith("." + name) and letter not in found:
+                found[letter] = sum(next(module.parameters()).shape)
+    return found
+
+
+def _rank(letters: Sequence[str], shapes: Mapping[str, int]) -> int:
+    """Returns the r at which these matrices come nearest to the parameters of r = 8 on the query."""
+    return max(1, round(8 * shapes["q"] / sum(shapes[letter] for letter in letters)))
+
+
+def _matrices(asked: Asked, workspace: Workspace) -> list[Piece]:
+    shapes = _shapes(asked, workspace)
+    made = []
+    for names in _PAPER_5:
+        letters = names.split(", ")
+        r = _rank(letters, shapes)
+        lora = LoRAConfig(r=r, alpha=8 * r, target_modules=tuple(_LETTERS[letter] for letter in letters))
+        for seed in range(SCALES[asked.size].num_seeds):
+            spec = of_text(asked, workspace, f"W_{names} r {r}", lora=lora, seed=seed)
+            made.append(Piece(f"{names} · seed {seed}", held_out, spec))
+    return made
+
+
+def _tell_matrices(asked: Asked, records: Mapping[str, Record]) -> Result:
+    losses = {names: by_seed(records, names, "loss") for names in _PAPER_5}
+    rows = []
+    for names, (r, wikisql, mnli) in _PAPER_5.items():
+        trained = by_seed(records, names, "trainable")
+        count = f"{trained[0]:,.0f}" if trained else ""
+        rows.append([f"W_{names}", count, spread(losses[names], 4), str(r), f"{wikisql}", f"{mnli}"])
+    head = ["Matrices", "Trained", "Held-out loss, nats a token", "Paper: r", "WikiSQL, %", "MNLI, %"]
+    means = {names: sum(found) / len(found) for names, found in losses.items() if found}
+    findings = []
+    if len(means) == len(_PAPER_5):
+        best, single = min(means, key=means.__getitem__), min("qkvo", key=means.__getitem__)
+        findings = [
+            f"Lowest loss: W_{best}; the paper's best are W_q, W_v and all four together.",
+            f"Of single matrices the best is W_{single} ({means[single]:.4f}) and W_q reaches {means['q']:.4f}, W_k "
+            f"{means['k']:.4f}; in the paper W_q and W_k alone are the worst.",
+        ]
+    return Result([Table("One budget of parameters, spent on different matrices", head, rows)], findings, _bars(means))
+
+
+def _bars(means: Mapping[str, float]):
+    if not means:
+        return None
+
+    def draw():
+        from studio.figures import bars_figure
+
+        values = {f"W_{names}": value for names, value in means.items()}
+        return bars_figure(values, title="Which matrices", unit="held-out loss, nats a token")
+
+    return draw
+
+
+def _ranks(asked: Asked, workspace: Workspace) -> list[Piece]:
+    made = []
+    for names in _PAPER_6:
+        targets = tuple(_LETTERS[letter] for letter in names.split(", "))
+        for r in _RANKS:
+            lora = LoRAConfig(r=r, alpha=8 * r, target_modules=targets)
+            spec = of_text(asked, workspace, f"W_{names} r {r}", lora=lora)
+            made.append(Piece(f"{names}, r {r}", held_out, spec))
+    return made
+
+
+def _tell_ranks(asked: Asked, records: Mapping[str, Record]) -> Result:
+    rows, lines, findings = [], {}, []
+    for names, (wikisql, mnli) in _PAPER_6.items():
+        found = [records.get(f"{names}, r {r}") for r in _RANKS]
+        losses = [record["loss"] for record in found if record]
+        rows.append([f"W_{names}", "held-out loss", *(f"{record['loss']:.4f}" if record else "" for record in found)])
+        rows.append(["", "paper: WikiSQL, %", *map(str, wikisql)])
+        rows.append(["", "paper: MNLI, %", *map(str, mnli)])
+        if all(found):
+            lines[f"W_{names}"] = losses
+            findings.append(
+                f"W_{names}: from r = 1 to r = 64 the loss changes by {losses[-1] - losses[0]:+.4f}; the paper's "
+                "WikiSQL "
+                f"accuracy by {wikisql[-1] - wikisql[0]:+.1f} points."
+            )
+
+    def draw():
+        from studio.figures import lines_figure
+
+        return lines_figure(_RANKS, lines, title="Which rank", x_label="r", y_label="held-out loss, nats a token")
+
+    table = Table(
+        "The same matrices with more and more directions", ["Matrices", "", *(f"r = {r}" for r in _RANKS)], rows
+    )
+    return Result([table], findings, draw if lines else None)
+
+
+_DIFFERS = (
+    "a model of 135 M parameters in place of GPT-3 175B, facts to text in place of WikiSQL and MNLI, the held-out "
+    "loss in "
+    "place of accuracy, and hundreds of steps. alpha = 8 r, so that scaling is the same for every r. Its key and value "
+    "are a third as wide as its query, so at one budget they get a larger r."
+)
+
+MATRICES = Experiment(
+    "matrices",
+    "Which matrices should be adapted?",
+    "Table 5",
+    "At one number of trained parameters: one matrix with a high rank, or all four with a low one?",
+    _DIFFERS,
+    _matrices,
+    _tell_matrices,
+)
+RANKS = Experiment(
+    "ranks",
+    "Which rank is enough?",
+    "Table 6",
+    "Does the loss still fall as r goes from 1 to 64?",
+    _DIFFERS,
+    _ranks,
+    _tell_ranks,
+)
