@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 from dataclasses import replace
 
@@ -280,9 +281,16 @@ def test_the_runs_tab_shows_what_was_measured_and_says_what_is_damaged(spec, wri
     exam = evaluation.Exam(ASKED, cases, [], None)
     kept = exam.keep(run, 1, ["x y z", "x z"])
     shown = runs_tab.measured(run)
-    assert "Data to text, after step 1" in shown and "greedy, answers of up to 8 tokens" in shown
+    assert "Data to text: 2 prompts, the likeliest token each time, answers of up to 8 tokens" in shown
     for result in kept.results:
-        assert f"<td>{result.value:.4f}</td><td>{result.low:.4f} … {result.high:.4f}</td><td>2</td>" in shown
+        assert f"<th>{result.metric}</th>" in shown
+        assert f"<td>{result.value:.4f}<small>{result.low:.3f} … {result.high:.3f}</small></td>" in shown
+    for step in range(2, 20):
+        exam.keep(run, step, ["x y z", "x z"])
+    dataclasses.replace(exam, spec=replace(ASKED, beams=4)).keep(run, 7, ["x", "z"])
+    shown = runs_tab.measured(run)
+    assert shown.count("<table") == 2 and "4 beams" in shown and "6 earlier steps are in the run" in shown
+    assert [int(step) for step in re.findall(r"<tr><td>(\d+)</td>", shown)] == [*range(19, 7, -1), 7]
     file = evaluation.answers_file(run, 1).with_suffix(".json")
     whole = json.loads(file.read_text())
     for wrong in ("{", json.dumps(whole | {"results": [{"metric": "<b>"}]}), json.dumps(whole | {"evaluation": {}})):
