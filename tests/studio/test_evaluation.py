@@ -233,6 +233,29 @@ def test_a_run_that_is_asked_to_end_while_it_answers_says_no_score(spec, workspa
     assert run.status == "paused"
 
 
+def test_a_run_that_is_taken_up_again_keeps_the_scores_before_and_forgets_those_after(spec, train, workspace):
+    whole = train(spec)
+    spec = replace(spec, train=replace(TRAIN, checkpoint_every=3))
+    run = Runs(workspace).create(spec)
+    real = evaluation.Evaluator.__call__
+
+    def at_the_end(self, model, event):
+        if event.step == 4:
+            raise LoRAError("The lights went out.")
+        return real(self, model, event)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation.Evaluator, "__call__", at_the_end)
+        assert worker.main([str(run.folder)]) == 1
+    exam = evaluation.Exam.of(spec, workspace)
+    exam.keep(run, 99, [""] * 3)  # as of a step that the break took away
+    assert worker.main([str(run.folder)]) == 0
+    run.log.read()
+    assert [e.metrics for e in run.log.evaluations] == [e.metrics for e in whole.log.evaluations]
+    assert evaluation.kept(run) == evaluation.kept(whole)
+    assert not evaluation.answers_file(run, 99).exists()
+
+
 def test_the_command_gives_what_the_run_itself_measured_and_compares_runs(spec, train, workspace, capsys):
     run = train(spec)
     other = train(replace(spec, train=replace(TRAIN, learning_rate=0.3)))
@@ -248,6 +271,9 @@ def test_the_command_gives_what_the_run_itself_measured_and_compares_runs(spec, 
     said = capsys.readouterr().out
     assert said.startswith("Exact match") and "n 2" in said and "step_4.jsonl" in said
     assert cli.main([*words, "--against", other.id]) == 0  # its own settings again
+    evaluation.answers_file(other, 4).write_text("{}")
+    with pytest.raises(LoRAError, match=r"step_4\.jsonl is damaged \(KeyError: 'prompt'\); delete it"):
+        evaluation.compare(run, other)
     evaluation.of_run(other, workspace, replace(ASKED, evaluation_prompts=2))
     with pytest.raises(LoRAError, match="must have answered the same prompts for the same task"):
         evaluation.compare(run, other)
@@ -262,7 +288,7 @@ def test_what_cannot_be_evaluated_says_why(spec, write_run, workspace, capsys):
     assert "has no adapter yet" in capsys.readouterr().err
     with pytest.raises(LoRAError, match=r"`evaluation_task` \(='none'\) must be one of data_to_text"):
         evaluation.Exam.of(run.spec, workspace)
-    with pytest.raises(LoRAError, match="has no answers that were measured; lora-studio evaluate it first"):
+    with pytest.raises(LoRAError, match="has no measured answers of its adapter; lora-studio evaluate it first"):
         evaluation.compare(run, run)
     with pytest.raises(LoRAError, match="`beams` .* must be .*at least 1"):
         EvaluationSpec.from_dict({"beams": 0})
