@@ -162,6 +162,16 @@ def test_rows_of_one_prompt_are_one_case_with_all_their_references(spec, workspa
         assert len(case.references) == 2
 
 
+def test_a_file_s_prompts_may_have_several_references(write_run, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "a", "reference": ["b", "c", ""]}\n{"prompt": "d", "reference": "e"}\nf\n')
+    cases = prompts.from_file(file, write_run(), 9)
+    assert [case.references for case in cases] == [("b", "c"), ("e",), ()]
+    file.write_text('{"prompt": "a", "reference": [1]}')
+    with pytest.raises(LoRAError, match='as "reference", or a list of texts there'):
+        prompts.from_file(file, write_run(), 9)
+
+
 def test_a_query_is_asked_for_where_the_text_has_its_answer(tiny_folder, tmp_path, workspace):
     rows = tmp_path / "sql.jsonl"
     text = "table: 1-2\ncolumns: a, b\nQ: how many a {}?\nA: SELECT a FROM 1-2 WHERE b = {}"
