@@ -123,10 +123,18 @@ class Exam:
 class Evaluator:
     """Measures a run's answers while it trains; of several processes, each asks its share of the prompts."""
 
-    def __init__(self, run: Run, workspace: Workspace, world: World) -> None:
-        """Reads the prompts; errors as of `Exam.of`."""
+    def __init__(self, run: Run, workspace: Workspace, world: World, start: int = 0) -> None:
+        """Reads the prompts, and forgets what was measured after step `start`, as it will come again.
+
+        Raises:
+            LoRAError: As of `Exam.of`.
+        """
         self._run, self._world = run, world
         self._exam = Exam.of(run.spec, workspace)
+        for step, file in _files(run).items() if world.is_first else ():
+            if step > start:
+                file.unlink()
+                answers_file(run, step).unlink(missing_ok=True)
         # Processes that share the weights out go through the model together: all ask the same, to the end.
         self._is_together = run.spec.train.shard_weights and world.size > 1
 
@@ -196,17 +204,16 @@ def kept(run: Run) -> list[Kept]:
     Raises:
         LoRAError: A file is damaged.
     """
-    files = sorted((run.folder / FOLDER).glob("step_*.json"), key=lambda file: int(file.stem.removeprefix("step_")))
-    return [_read(file) for file in files]
+    return [_read(file) for file in _files(run).values()]
 
 
 def compare(run: Run, other: Run) -> list[Difference]:
-    """Returns how far a run's latest answers score above another's, of the same task and prompts.
+    """Returns how far the answers of a run's adapter score above those of another's, of the same task and prompts.
 
     Raises:
         LoRAError: One of them has none, or they are of another task or other prompts.
     """
-    (first, ours), (second, theirs) = _latest(run), _latest(other)
+    (first, ours), (second, theirs) = _answers(run), _answers(other)
     asked = [[(line["prompt"], line["references"]) for line in lines] for lines in (ours, theirs)]
     if first.spec.evaluation_task != second.spec.evaluation_task or asked[0] != asked[1]:
         raise LoRAError(
@@ -218,15 +225,24 @@ def compare(run: Run, other: Run) -> list[Difference]:
     return [difference(metric, mine, others, references) for metric in TASKS[first.spec.evaluation_task].metrics]
 
 
-def _latest(run: Run) -> tuple[Kept, list[dict[str, Any]]]:
-    if not (found := kept(run)):
-        raise LoRAError(f"Run {run.id} has no answers that were measured; lora-studio evaluate it first.")
-    file = answers_file(run, found[-1].step)
+def _answers(run: Run) -> tuple[Kept, list[dict[str, Any]]]:
+    step = adapter_step(run)
+    if step not in _files(run):
+        raise LoRAError(f"Run {run.id} has no measured answers of its adapter; lora-studio evaluate it first.")
+    file = answers_file(run, step)
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return found[-1], [{name: line[name] for name in ("prompt", "references", "prediction")} for line in lines]
+        return _read(_files(run)[step]), [
+            {name: line[name] for name in ("prompt", "references", "prediction")} for line in lines
+        ]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(file, error) from error
+
+
+def _files(run: Run) -> dict[int, Path]:
+    """Returns step → the file with what was measured of it, by step."""
+    found = {int(file.stem.removeprefix("step_")): file for file in (run.folder / FOLDER).glob("step_[0-9]*.json")}
+    return dict(sorted(found.items()))
 
 
 def _read(file: Path) -> Kept:

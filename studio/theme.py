@@ -166,6 +166,8 @@ table.plain :is(th, td) {{ text-align: right; padding: .35rem .6rem; border: 0 !
   border-bottom: 1px solid var(--border-color-primary) !important; }}
 table.plain :is(th, td):first-child {{ text-align: left; }}
 table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600; font-size: .85rem; }}
+.measured {{ margin: 1rem 0; }} .measured :is(th, td) {{ white-space: nowrap; }}
+.measured small {{ display: block; color: var(--body-text-color-subdued); font-size: .8rem; }}
 .dark #tokens span {{ color: var(--body-text-color); }}
 .scroll-x {{ overflow-x: auto; }}
 .tight {{ justify-content: flex-start; gap: .5rem; flex-wrap: wrap; }} .tight > * {{ flex: 0 1 auto !important; }}

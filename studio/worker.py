@@ -199,7 +199,8 @@ def _work(run: Run, keeper: _Keeper, start: Checkpoint | None, world: World) -> 
     prepared, pad = setup.rows_of(spec, workspace, world, note, is_begun=start is not None)
     for source in run.note_data(prepared.hashes) if world.is_first else ():
         note(f"{source} has changed since this run first read it; from here on it trains on other rows")
-    evaluator = Evaluator(run, workspace, world) if spec.evaluation.is_on else None
+    begun = start.step if start else 0
+    evaluator = Evaluator(run, workspace, world, begun) if spec.evaluation.is_on else None
     model, injection = setup.adapted_model(spec, workspace, world, device, note)
     together = f", in {world.size} processes" if world.size > 1 else ""
     if spec.train.shard_weights:

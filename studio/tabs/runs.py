@@ -12,6 +12,7 @@ import numpy as np
 
 from core import LoRAError, MethodConfig, settings
 from studio import beside, evaluation, theme
+from studio.generating import EvaluationSpec
 from studio.metrics import TASKS
 from studio.runs import Run
 from studio.specs import RunSpec
@@ -19,6 +20,8 @@ from studio.state import Studio
 
 HEADER = ["Name", "Status", "Made", "Model", "Data", "Method", "r", "Steps", "Held-out loss", "Training loss"]
 BLOCKS = "▁▂▃▄▅▆▇█"
+MOST_STEPS = 12
+"""Steps of which a table shows what was measured."""
 
 
 def row(run: Run) -> list[str]:
@@ -100,30 +103,40 @@ def details(run: Run) -> str:
 
 
 def measured(run: Run) -> str:
-    """Returns HTML of what the run's answers scored, the latest first, and what to type to measure them."""
+    """Returns HTML of what the run's answers scored, a table for each way to measure, and what to type to do it."""
     try:
         found = evaluation.kept(run)
     except LoRAError as error:
         return theme.said(str(error), "error")
-    tables = "".join(map(_table, reversed(found)))
+    alike: dict[EvaluationSpec, list[evaluation.Kept]] = {}
+    for kept in reversed(found):
+        alike.setdefault(kept.spec, []).append(kept)
+    tables = "".join(_table(spec, of_spec) for spec, of_spec in alike.items())
+    if not run.has_adapter:
+        return tables
     task = run.spec.evaluation.evaluation_task if run.spec.evaluation.is_on else "data_to_text"
-    words = shlex.join(["lora-studio", "evaluate", run.id, "--task", task, "--workspace", str(run.workspace_root)])
-    return tables + (theme.command("Measure its answers", words) if run.has_adapter else "")
+    words = ["lora-studio", "evaluate", run.id, "--task", task, "--workspace", str(run.workspace_root)]
+    return tables + theme.command("Measure its answers", shlex.join(words))
 
 
-def _table(kept: evaluation.Kept) -> str:
-    search = f"{kept.spec.beams} beams" if kept.spec.beams > 1 else "greedy"
-    title = f"{TASKS[kept.spec.evaluation_task].label}, after step {kept.step}"
-    heads = "".join(f"<th>{escape(words)}</th>" for words in (title, "Value", "95 % interval", "Prompts"))
-    rows = "".join(
-        f"<tr><td>{escape(r.metric)}</td><td>{r.value:.4f}</td><td>{r.low:.4f} … {r.high:.4f}</td><td>{r.num}</td></tr>"
-        for r in kept.results
+def _table(spec: EvaluationSpec, found: list[evaluation.Kept]) -> str:
+    """Returns HTML of what was measured in one way, the latest step first."""
+    metrics = [result.metric for result in found[0].results]
+    heads = "".join(f"<th>{escape(words)}</th>" for words in ("After step", *metrics))
+    rows = ""
+    for kept in found[:MOST_STEPS]:
+        cells = "".join(f"<td>{r.value:.4f}<small>{r.low:.3f} … {r.high:.3f}</small></td>" for r in kept.results)
+        rows += f"<tr><td>{kept.step}</td>{cells}</tr>"
+    search = f"{spec.beams} beams" if spec.beams > 1 else "the likeliest token each time"
+    words = (
+        f"{TASKS[spec.evaluation_task].label}: {found[0].results[0].num} prompts, {search}, answers of up to "
+        f"{spec.longest_answer} tokens. Below each value its 95 % interval, by a bootstrap over the prompts."
     )
+    if len(found) > MOST_STEPS:
+        words += f" {len(found) - MOST_STEPS} earlier steps are in the run's folder."
     return (
-        f'<div class="scroll-x"><table class="plain measured"><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-        f'<p class="sub-line">{escape(search)}, answers of up to {kept.spec.longest_answer} tokens; the intervals are '
-        "a bootstrap over prompts.</p>"
+        f'<div class="measured"><p class="sub-line">{escape(words)}</p><div class="scroll-x"><table class="plain">'
+        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div></div>"
     )
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from core import Adapter, Failed, Finished, LoRAConfig, TrainConfig
-from studio import jobs, worker
+from studio import evaluation, jobs, worker
+from studio.generating import EvaluationSpec
 from studio.runs import Run, Runs
 from studio.specs import RunSpec
 from tests.studio.test_queue import holds_memory
@@ -72,7 +73,7 @@ def torchrun(run: Run, num_processes: int, *program: str) -> "subprocess.Popen[b
         )
 
 
-def wait_until(condition, run: Run, seconds: float = 60.0) -> float:
+def wait_until(condition, run: Run, seconds: float = 180.0) -> float:
     begin = time.monotonic()
     while not condition():
         assert time.monotonic() < begin + seconds, run.log_tail(60)
@@ -117,6 +118,8 @@ def reap() -> None:
 
 
 def test_two_processes_make_the_run_that_one_makes_with_the_doubled_batch(runs, spec, alone):
+    asked = EvaluationSpec(evaluation_task="exact", evaluation_at="each", evaluation_prompts=3, longest_answer=6)
+    spec = dataclasses.replace(spec, evaluation=asked)
     run, whole = runs.create(spec), runs.create(with_train(spec, device="cpu", batch_size=4))
     jobs.enqueue(runs, run)
     assert alone(whole) == 0
@@ -127,6 +130,13 @@ def test_two_processes_make_the_run_that_one_makes_with_the_doubled_batch(runs, 
     assert kinds(run).count("Started") == kinds(run).count("Finished") == 1
     assert [kind for kind in kinds(run) if kind != "Noted"] == [kind for kind in kinds(whole) if kind != "Noted"]
     assert run.checkpoints.steps() == whole.checkpoints.steps()
+    assert (
+        [e.metrics for e in run.log.evaluations]
+        == [e.metrics for e in whole.log.evaluations]
+        == [{"Exact match": 0}] * 3
+    )
+    first, second = (evaluation.answers_file(r, 0).read_text() for r in (run, whole))
+    assert first == second and first.count("\n") == 2  # each process has asked some of them
     a, b = (Adapter.load(r.adapter_folder).factors for r in (run, whole))
     for path in a:
         torch.testing.assert_close(a[path].B @ a[path].A, b[path].B @ b[path].A, rtol=1e-2, atol=1e-4)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 from dataclasses import replace
 
@@ -164,6 +165,16 @@ def test_rows_of_one_prompt_are_one_case_with_all_their_references(spec, workspa
         assert len(case.references) == 2
 
 
+def test_a_file_s_prompts_may_have_several_references(write_run, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "a", "reference": ["b", "c", ""]}\n{"prompt": "d", "reference": "e"}\nf\n')
+    cases = prompts.from_file(file, write_run(), 9)
+    assert [case.references for case in cases] == [("b", "c"), ("e",), ()]
+    file.write_text('{"prompt": "a", "reference": [1]}')
+    with pytest.raises(LoRAError, match='as "reference", or a list of texts there'):
+        prompts.from_file(file, write_run(), 9)
+
+
 def test_a_query_is_asked_for_where_the_text_has_its_answer(tiny_folder, tmp_path, workspace):
     rows = tmp_path / "sql.jsonl"
     text = "table: 1-2\ncolumns: a, b\nQ: how many a {}?\nA: SELECT a FROM 1-2 WHERE b = {}"
@@ -235,6 +246,29 @@ def test_a_run_that_is_asked_to_end_while_it_answers_says_no_score(spec, workspa
     assert run.status == "paused"
 
 
+def test_a_run_that_is_taken_up_again_keeps_the_scores_before_and_forgets_those_after(spec, train, workspace):
+    whole = train(spec)
+    spec = replace(spec, train=replace(TRAIN, checkpoint_every=3))
+    run = Runs(workspace).create(spec)
+    real = evaluation.Evaluator.__call__
+
+    def at_the_end(self, model, event):
+        if event.step == 4:
+            raise LoRAError("The lights went out.")
+        return real(self, model, event)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation.Evaluator, "__call__", at_the_end)
+        assert worker.main([str(run.folder)]) == 1
+    exam = evaluation.Exam.of(spec, workspace)
+    exam.keep(run, 99, [""] * 3)  # as of a step that the break took away
+    assert worker.main([str(run.folder)]) == 0
+    run.log.read()
+    assert [e.metrics for e in run.log.evaluations] == [e.metrics for e in whole.log.evaluations]
+    assert evaluation.kept(run) == evaluation.kept(whole)
+    assert not evaluation.answers_file(run, 99).exists()
+
+
 def test_the_command_gives_what_the_run_itself_measured_and_compares_runs(spec, train, workspace, capsys):
     run = train(spec)
     other = train(replace(spec, train=replace(TRAIN, learning_rate=0.3)))
@@ -250,6 +284,9 @@ def test_the_command_gives_what_the_run_itself_measured_and_compares_runs(spec, 
     said = capsys.readouterr().out
     assert said.startswith("Exact match") and "n 2" in said and "step_4.jsonl" in said
     assert cli.main([*words, "--against", other.id]) == 0  # its own settings again
+    evaluation.answers_file(other, 4).write_text("{}")
+    with pytest.raises(LoRAError, match=r"step_4\.jsonl is damaged \(KeyError: 'prompt'\); delete it"):
+        evaluation.compare(run, other)
     evaluation.of_run(other, workspace, replace(ASKED, evaluation_prompts=2))
     with pytest.raises(LoRAError, match="must have answered the same prompts for the same task"):
         evaluation.compare(run, other)
@@ -264,7 +301,7 @@ def test_what_cannot_be_evaluated_says_why(spec, write_run, workspace, capsys):
     assert "has no adapter yet" in capsys.readouterr().err
     with pytest.raises(LoRAError, match=r"`evaluation_task` \(='none'\) must be one of data_to_text"):
         evaluation.Exam.of(run.spec, workspace)
-    with pytest.raises(LoRAError, match="has no answers that were measured; lora-studio evaluate it first"):
+    with pytest.raises(LoRAError, match="has no measured answers of its adapter; lora-studio evaluate it first"):
         evaluation.compare(run, run)
     with pytest.raises(LoRAError, match="`beams` .* must be .*at least 1"):
         EvaluationSpec.from_dict({"beams": 0})
@@ -283,9 +320,16 @@ def test_the_runs_tab_shows_what_was_measured_and_says_what_is_damaged(spec, wri
     exam = evaluation.Exam(ASKED, cases, [], None)
     kept = exam.keep(run, 1, ["x y z", "x z"])
     shown = runs_tab.measured(run)
-    assert "Data to text, after step 1" in shown and "greedy, answers of up to 8 tokens" in shown
+    assert "Data to text: 2 prompts, the likeliest token each time, answers of up to 8 tokens" in shown
     for result in kept.results:
-        assert f"<td>{result.value:.4f}</td><td>{result.low:.4f} … {result.high:.4f}</td><td>2</td>" in shown
+        assert f"<th>{result.metric}</th>" in shown
+        assert f"<td>{result.value:.4f}<small>{result.low:.3f} … {result.high:.3f}</small></td>" in shown
+    for step in range(2, 20):
+        exam.keep(run, step, ["x y z", "x z"])
+    dataclasses.replace(exam, spec=replace(ASKED, beams=4)).keep(run, 7, ["x", "z"])
+    shown = runs_tab.measured(run)
+    assert shown.count("<table") == 2 and "4 beams" in shown and "6 earlier steps are in the run" in shown
+    assert [int(step) for step in re.findall(r"<tr><td>(\d+)</td>", shown)] == [*range(19, 7, -1), 7]
     file = evaluation.answers_file(run, 1).with_suffix(".json")
     whole = json.loads(file.read_text())
     for wrong in ("{", json.dumps(whole | {"results": [{"metric": "<b>"}]}), json.dumps(whole | {"evaluation": {}})):

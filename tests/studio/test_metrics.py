@@ -124,6 +124,12 @@ def test_a_further_reference_never_lowers_bleu_s_precisions():
     assert (more[:, :4] > rows[:, :4]).any()
 
 
+def test_cider_lets_nothing_be_gained_by_saying_a_word_twice():
+    # Words: 2·2/(√8·√2) = 1/2, though the direction is the same. Pairs: one of three, 1/√3. Lengths: 3 pairs and 1.
+    first = 10 * (1 / 2 + 1 / np.sqrt(3)) / 4 * np.exp(-4 / 72)
+    assert cider()(["a a b b", "c d"], [["a b"], ["c d"]]) == pytest.approx((first + 5) / 2)
+
+
 def test_of_two_alignments_meteor_takes_the_one_with_fewer_chunks_and_stems_count_for_less():
     score = meteor()
     # "the" may go with either; only the second leaves one chunk.
@@ -160,7 +166,9 @@ def test_a_paired_bootstrap_sees_a_difference_that_each_row_has_and_none_where_t
     references = [["a"]] * 60
     better, worse = ["a"] * 40 + ["b"] * 20, ["a"] * 25 + ["b"] * 35
     found = metrics.difference(metric, better, worse, references)
-    assert found.value == pytest.approx(0.25) and found.low > 0 and found.p < 0.01
+    assert found.value == pytest.approx(0.25) and found.p < 0.01
+    # ±1.96·√(0.25·0.75/60) = 0.11: the rows' own differences, not the sum of two spreads
+    assert (found.low, found.high) == pytest.approx((0.14, 0.36), abs=0.02)
     back = metrics.difference(metric, worse, better, references)
     assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low))
     assert metrics.difference(metric, worse, worse, references).p == 1
