@@ -176,7 +176,8 @@ def build(
             said = gr.HTML(elem_id="import-said")
     pair = gr.State(())
     with gr.Column(visible=False) as both:
-        compare = gr.Button("Compare what they learned", variant="primary", size="md", elem_id="compare-pair")
+        with gr.Row(elem_classes="tight"):
+            compare = gr.Button("Compare what they learned", variant="primary", elem_id="compare-pair")
         compared = gr.HTML(elem_id="pair")
 
     def state(run: str | None) -> tuple[Any, ...]:
