@@ -72,6 +72,7 @@ def theme() -> Base:
 CSS = f"""
 :root {{ --base: {BASE}; --adapted: {ADAPTED}; }}
 .gradio-container > main {{ max-width: 1360px; margin: 0 auto !important; }}
+.secondary-wrap input {{ padding-right: 1.6rem !important; text-overflow: ellipsis; }}
 .studio-head {{ display: flex; flex-wrap: wrap; align-items: baseline; gap: .35rem 1rem; }}
 .studio-head h1 {{ font-size: 1.35rem; font-weight: 700; margin: 0; letter-spacing: -.01em; }}
 .studio-head .sub {{ color: var(--body-text-color-subdued); font-size: .9rem; }}

@@ -170,15 +170,16 @@ def build(
                 STARTER, label="Base model", info="Of an adapter; a capsule names its own.", elem_id="import-model"
             )
             with gr.Row():
-                info = "Of loralib's files, which do not say it."
+                info = "Of loralib's files, which do not name it."
                 scaling = gr.Textbox("", label="alpha / r", info=info)
-                parts = gr.Textbox("", label="Slices", info="Of loralib's fused projections: q, v in GPT-2.")
+                parts = gr.Textbox("", label="Slices", info="Of fused projections there: q, v in GPT-2.")
             with gr.Row(elem_classes="tight"):
                 take = gr.Button("Bring it in", variant="primary", elem_id="import")
             said = gr.HTML(elem_id="import-said")
     pair = gr.State(())
     with gr.Column(visible=False) as both:
-        compare = gr.Button("Compare what they learned", variant="primary", size="md", elem_id="compare-pair")
+        with gr.Row(elem_classes="tight"):
+            compare = gr.Button("Compare what they learned", variant="primary", elem_id="compare-pair")
         compared = gr.HTML(elem_id="pair")
 
     def state(run: str | None) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
 """An adapter is taken home and brought in again, in a real browser."""
 
+import shutil
 import zipfile
 
 import pytest
@@ -30,7 +31,9 @@ def untrained(workspace_folder):
 
 
 @pytest.mark.slow
-def test_a_red_certificate_stops_an_export_until_a_tick_and_a_capsule_comes_back(untrained, server, browser, tmp_path):
+def test_a_red_certificate_stops_an_export_until_a_tick_and_two_capsules_are_compared(
+    untrained, server, browser, tmp_path
+):
     page = browser.new_page(viewport={"width": 1440, "height": 1000})
     page.goto(f"{server.url}?run={untrained.id}")
     page.get_by_role("tab", name="Take home", exact=True).first.click(timeout=WAIT)
@@ -63,9 +66,12 @@ def test_a_red_certificate_stops_an_export_until_a_tick_and_a_capsule_comes_back
     with page.expect_download(timeout=WAIT) as downloaded:
         page.locator("#export-links a[download*=capsule]").click(timeout=WAIT)
     downloaded.value.save_as(tmp_path / "capsule.zip")
-    page.locator("#import-file input[type=file]").set_input_files(tmp_path / "capsule.zip")
-    page.wait_for_selector("#import-file >> text=capsule", timeout=WAIT)
+    shutil.copy(tmp_path / "capsule.zip", tmp_path / "other.zip")
+    page.locator("#import-file input[type=file]").set_input_files([tmp_path / "capsule.zip", tmp_path / "other.zip"])
+    page.wait_for_selector("#import-file >> text=other", timeout=WAIT)
     page.locator("#import").click()
-    page.wait_for_selector("#import-said >> text=from its capsule", timeout=WAIT)
-    assert len(Runs(Workspace(server.workspace)).list()) == 2
+    page.wait_for_selector("#import-said >> text=from their capsules", timeout=WAIT)
+    assert len(Runs(Workspace(server.workspace)).list()) == 3
+    page.locator("#compare-pair").click(timeout=WAIT)
+    page.wait_for_selector("#compare-facts >> text=Cosine of the updates", timeout=WAIT)
     page.close()

@@ -665,7 +665,9 @@ def test_a_transcript_is_saved_as_json_and_markdown_and_kept_with_its_run(page, 
     assert [a["text"] for a in record["turns"][0]["answers"]] == [reply.text for reply in replies]
     assert record["turns"][0]["answers"][1]["fingerprint"] == replies[1].fingerprint
     assert r"> Is \*this\* \<b\>bold\</b\>?" in as_text["text"] and "### B: Base + adapter" in as_text["text"]
-    events(page, "write")[0].fn(trained.id, shown["past"])  # the same once more
+    (earlier,) = (trained.folder / "transcripts").glob("*.json")
+    earlier.rename(earlier.with_name(f"20260101-000000-{earlier.name.rpartition('-')[2]}"))
+    events(page, "write")[0].fn(trained.id, shown["past"])  # the same, some time later
     with zipfile.ZipFile(capsule.write(trained, tmp_path / "capsule.zip")) as packed:
         kept = {name: packed.read(name).decode() for name in packed.namelist() if name.startswith("transcripts/")}
     assert sorted(kept.values()) == sorted([as_json["text"], as_text["text"]])
