@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import LoRAError, Segments, SegmentsError, causal_attention, quoted
+from core import LoRAError, Segments, SegmentsError, causal_attention, quoted, recomputed
 from studio import gguf, hub
 from studio.model_files import (
     STARTER,
@@ -239,6 +239,9 @@ def prepare_to_train(model: Any, *, activation_checkpointing: bool = False) -> N
     model.config.use_cache = False
     if activation_checkpointing:
         model.activation_checkpointing_enable()
+        for module in model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = recomputed
     if getattr(model.config, "_attn_implementation", None) == "sdpa":
         AttentionInterface.register(_ATTENTION, _attention)
         AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
