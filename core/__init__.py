@@ -80,6 +80,7 @@ from core.layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
 from core.losses import token_losses
 from core.matrices import Factors, Layout
 from core.memory import MemoryForecast, forecast_memory
+from core.recompute import recomputed
 from core.rows import RowLabels, row_logits
 from core.spectrum import Spectrum, random_sigma, spectra, spectrum
 from core.targets import FORMS, Injection, Target, adaptable, chosen_ranks, fits_end, lora_layers, matrix_at, plan

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import LoRAError, Segments, SegmentsError, causal_attention, quoted
+from core import LoRAError, Segments, SegmentsError, causal_attention, quoted, recomputed
 from studio import gguf, hub, skeletons
 from studio.heads import Head
 from studio.model_files import (
@@ -286,6 +286,9 @@ def prepare_to_train(model: Any, *, activation_checkpointing: bool = False, head
     model.config.use_cache = False
     if activation_checkpointing:
         model.activation_checkpointing_enable()
+        for module in model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = recomputed
     for name in head or ():
         module = model.get_submodule(name).float()
         module.register_forward_pre_hook(_widen)

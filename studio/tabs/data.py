@@ -217,7 +217,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
         try:
             spec = parse(form, list(values))
             num_rows = len(studio.table(spec.source, spec.eval_source).rows)
-            if num_rows <= inspect.AUTOMATIC_ROWS or 0 < spec.max_rows <= inspect.AUTOMATIC_ROWS:
+            if inspect.is_automatic(spec, num_rows):
                 yield from survey(chosen_model, longest, chosen, *values)
                 return
             words = theme.said(f"{num_rows:,} rows: press Check all rows to look at them.")
@@ -306,6 +306,8 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     part.chosen.input(studio.guard(show), seen, part.shown, queue=False, **last)
 
     part.rows.select(studio.guard(open_row), seen, editor.shown, **quiet)
+    editor.undo_all.click(studio.guard(mend.ask), editor.opened, editor.asked, **quiet)
+    editor.no.click(lambda: gr.Group(visible=False), None, editor.asked[0], queue=False, **quiet)
     closed = lambda: mend.show(None)  # noqa: E731
     gr.on([editor.close.click, part.chosen.input, *changed], closed, None, editor.shown, queue=False, **quiet)
     for event in was_read:
@@ -313,7 +315,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     for event in (
         editor.save.click(studio.guard(save_mend), [editor.opened, editor.text, max_length], editor.shown, **quiet),
         editor.undo.click(studio.guard(undo_mend), editor.opened, editor.shown, **quiet),
-        editor.undo_all.click(studio.guard(undo_mends), editor.opened, editor.shown, **quiet),
+        editor.yes.click(studio.guard(undo_mends), editor.opened, editor.shown, **quiet),
     ):
         event.success(show_row, row_inputs, [tokens, row_facts], **quiet)
         event.success(studio.guard(survey_unasked), survey_inputs, survey_outputs, **last)

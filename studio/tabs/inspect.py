@@ -83,6 +83,11 @@ class Inspection:
     cancel: Any
 
 
+def is_automatic(spec: data.DataSpec, num_rows: int) -> bool:
+    """Whether so many rows are looked at without a press of the button."""
+    return num_rows <= AUTOMATIC_ROWS or 0 < spec.max_rows <= AUTOMATIC_ROWS
+
+
 def verify(look: Look | None, model: str, rows: data.DataSpec, max_length: int) -> None:
     """Refuses rows that would waste a run, where they were looked at; the worker asks the same of all.
 

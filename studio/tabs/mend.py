@@ -9,6 +9,7 @@ from core import LoRAError, TrainConfig
 from studio import data, mends, theme
 from studio.state import Studio
 from studio.tables import mends_of
+from studio.tabs import inspect
 from studio.tabs.inspect import Look
 
 
@@ -29,6 +30,8 @@ class Editor:
         shown: What `show` fills: the state, the part itself and what stands in it.
         text: The row as text.
         save, undo, undo_all, close: The buttons.
+        asked: What `ask` fills: a question, and the words of it.
+        yes, no: Its answers.
     """
 
     opened: Any
@@ -38,6 +41,9 @@ class Editor:
     undo: Any
     undo_all: Any
     close: Any
+    asked: list[Any]
+    yes: Any
+    no: Any
 
 
 def draw() -> Editor:
@@ -54,29 +60,45 @@ def draw() -> Editor:
         with gr.Row():
             save = gr.Button("Save the mended row", variant="primary", size="sm", elem_id="mend-save")
             undo = gr.Button("Undo this mend", size="sm", elem_id="mend-undo")
-            undo_all = gr.Button("Undo all mends", size="sm", variant="stop", elem_id="mend-undo-all")
+            undo_all = gr.Button("Undo all mends …", size="sm", variant="stop", elem_id="mend-undo-all")
             close = gr.Button("Close", size="sm", elem_id="mend-close")
+        with gr.Group(visible=False) as question:
+            words = gr.HTML(elem_id="mend-question")
+            with gr.Row():
+                yes = gr.Button("Undo them for good", variant="stop", elem_id="mend-undo-yes")
+                no = gr.Button("Keep them", elem_id="mend-undo-no")
     opened = gr.State(None)
-    return Editor(opened, [opened, part, facts, text, undo, undo_all], text, save, undo, undo_all, close)
+    shown = [opened, part, facts, text, undo, undo_all, question]
+    return Editor(opened, shown, text, save, undo, undo_all, close, [question, words], yes, no)
 
 
 def show(opened: Opened | None, longest: Any = None) -> list[Any]:
     """Returns what `Editor.shown` shows of a row, or that the part is hidden."""
     if opened is None:
-        return [None, gr.Column(visible=False), *[gr.skip()] * 4]
+        return [None, gr.Column(visible=False), *[gr.skip()] * 4, gr.Group(visible=False)]
     found, place = opened.look.survey, opened.place
     mended = found.mended()
     is_mended = place in mended
     reason = found.reason(place, TrainConfig(max_length=longest).max_length)
     lines = [f"Row {found.number(place):,}, {found.where(place)}{': mended' if is_mended else ''}", reason]
+    if not inspect.is_automatic(found.spec, len(found.table.rows)):
+        lines.append("So many rows are not looked at unasked: once it is mended, press Check all rows again.")
     return [
         opened,
         gr.Column(visible=True),
         theme.said([line for line in lines if line], "error" if reason else ""),
         mends.written(found.row(place)),
         gr.Button(visible=is_mended),
-        gr.Button(f"Undo all {len(mended):,} mends", visible=is_mended and len(mended) > 1),
+        gr.Button(f"Undo all {len(mended):,} mends …", visible=is_mended and len(mended) > 1),
+        gr.Group(visible=False),
     ]
+
+
+def ask(opened: Opened) -> tuple[Any, str]:
+    """Returns what `Editor.asked` shows before all mends are lost."""
+    mended = opened.look.survey.mended()
+    words = f"Undo all {len(mended):,} mends? What was written for these rows is lost; this cannot be undone."
+    return gr.Group(visible=True), theme.said(words, "warn")
 
 
 def save(studio: Studio, opened: Opened, text: str, longest: Any) -> None:

@@ -194,8 +194,19 @@ def test_the_page_shows_a_row_keeps_its_mend_and_lists_it_until_it_is_undone(ope
     mend.undo(studio, again)
     assert isinstance(studio.table(spec.source).rows[6], BadRow)
     mend.save(studio, again, json.dumps(NEW), 100)
+    *_, look = inspect.survey(studio, again.look.model, spec)
+    group, words = mend.ask(mend.Opened(look, 6))
+    assert group.visible and "Undo all 1 mends? What was written" in words
+    assert mend.show(mend.Opened(look, 6), 100)[-1].visible is False  # no question is left of a row before
     mend.undo_all(studio, again)
     assert isinstance(studio.table(spec.source).rows[6], BadRow)
+
+
+def test_beside_a_row_of_too_many_to_be_looked_at_unasked_stands_that_the_button_must_be_pressed(opened, monkeypatch):
+    _, row = opened
+    assert "Check all rows" not in mend.show(row, 100)[2]
+    monkeypatch.setattr(inspect, "AUTOMATIC_ROWS", 3)
+    assert "once it is mended, press Check all rows again" in mend.show(row, 100)[2]
 
 
 def test_a_damaged_file_of_mends_is_named(tmp_path, workspace):
