@@ -10,7 +10,7 @@ from core.baselines.saved import Baseline, load_trained, trained_of
 from core.certificate import Certificate, certify
 from core.checkpoint import Checkpoint
 from core.comparison import Comparison, MatrixComparison, Overlap, compare
-from core.config import ALL_LINEAR, METHODS, LoRAConfig, MethodConfig, TrainConfig
+from core.config import ALL_LINEAR, LoRAConfig, TrainConfig
 from core.declarations import Config, Setting, read_json, setting, settings
 from core.devices import (
     FRAMEWORK_BYTES,
@@ -80,6 +80,7 @@ from core.layers import LoRAConv, LoRAEmbedding, LoRALayer, LoRALinear
 from core.losses import token_losses
 from core.matrices import Factors, Layout
 from core.memory import MemoryForecast, forecast_memory
+from core.method import METHODS, MethodConfig
 from core.recompute import recomputed
 from core.rows import RowLabels, row_logits
 from core.spectrum import Spectrum, random_sigma, spectra, spectrum

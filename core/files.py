@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.config import LoRAConfig
-from core.declarations import read_json
 from core.errors import AdapterFileError, LoRAError, listed, quoted
 from core.matrices import Factors
 from core.packing import (
@@ -28,9 +27,17 @@ from core.packing import (
     join_slices,
     slices_apart,
 )
-from core.pairs import PREFIX, WEIGHTS_FILE, Sorted, not_lora, read_tensors, sort_tensors
+from core.pairs import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    Sorted,
+    not_lora,
+    read_settings,
+    read_tensors,
+    sort_tensors,
+)
 
-CONFIG_FILE = "adapter_config.json"
 METHOD_KEY = "lora_studio_method"
 """Stands in the settings of what another method than LoRA has learned (`core.baselines`)."""
 _UNDERSTOOD = {
@@ -304,22 +311,6 @@ def config_for(factors: Mapping[str, Factors], trained_in_full: Mapping[str, Ten
         alpha_pattern={_exactly(path): f.scaling * f.r for path, f in others.items()},
         modules_to_save=tuple(sorted({name.rpartition(".")[0] for name in trained_in_full or ()})),
     )
-
-
-def read_settings(path: Path) -> Any:
-    """Returns what the JSON file of an adapter's folder holds.
-
-    Raises:
-        AdapterFileError: It is missing, or no JSON.
-    """
-    try:
-        return read_json(path)
-    except FileNotFoundError as error:
-        raise AdapterFileError(
-            f"`folder` (={str(path.parent)!r}) must be an adapter folder; it has no {CONFIG_FILE}."
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is not readable JSON: {error}. Fetch or save it again.") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:

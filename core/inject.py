@@ -10,11 +10,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from core.config import LoRAConfig, MethodConfig
+from core.config import LoRAConfig
 from core.errors import LoRAError
 from core.experts import LoRAExperts, stacks_of
 from core.fused import LoRAFused, rows_of
 from core.layers import adapted_layer
+from core.method import MethodConfig
 from core.targets import Injection, lora_layers, plan
 from core.wrapper import Wrapper
 

@@ -16,12 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 from core.baselines.methods import apply_method
 from core.blocks import block_lists, blocks, with_first
-from core.config import LoRAConfig, MethodConfig, TrainConfig
+from core.config import LoRAConfig, TrainConfig
 from core.errors import LoRAError
 from core.fusion import Fusion
 from core.heap import Heap
 from core.losses import Way, losses_at, of_head
 from core.matrices import is_conv1d
+from core.method import MethodConfig
 from core.rounds import once
 from core.rows import row_logits
 

@@ -4,16 +4,18 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from core.declarations import read_json
 from core.errors import AdapterFileError, listed
 from core.matrices import Layout
 from core.packing import groups_apart
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 """What PEFT puts before every path."""
 NO_PAIRS = "it holds no lora_A and lora_B"
@@ -105,6 +107,22 @@ def _pair(path: str, half: dict[str, Tensor]) -> Pair | str:
         layout = Layout("convolution", kernel=tuple(A.shape[1:]), groups=groups)
         A = A.flatten(1)
     return Pair(A, B, layout, file_r) if A.shape[0] == B.shape[1] else f"{path}: {shapes} differ in r"
+
+
+def read_settings(path: Path) -> Any:
+    """Returns what the JSON file of an adapter's folder holds.
+
+    Raises:
+        AdapterFileError: It is missing, or no JSON.
+    """
+    try:
+        return read_json(path)
+    except FileNotFoundError as error:
+        raise AdapterFileError(
+            f"`folder` (={str(path.parent)!r}) must be an adapter folder; it has no {CONFIG_FILE}."
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is not readable JSON: {error}. Fetch or save it again.") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -30,7 +30,8 @@ def recomputed(function: Callable[..., Any], *args: Any) -> Any:
     """
     block = function.args[0] if isinstance(function, partial) and len(function.args) == 1 else None
     if (
-        not isinstance(block, nn.Module)
+        not isinstance(function, partial)
+        or not isinstance(block, nn.Module)
         or not args
         or not isinstance(args[0], Tensor)
         or args[0].device.type != "cpu"
@@ -64,7 +65,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:  # type: ignore[override]
         hidden, *trained = ctx.saved_tensors
         hidden = hidden.detach().requires_grad_(ctx.needs_input_grad[1])
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):

@@ -8,12 +8,13 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from core.config import ALL_LINEAR, LoRAConfig, MethodConfig
+from core.config import ALL_LINEAR, LoRAConfig
 from core.errors import LoRAError, TargetError, listed
 from core.experts import is_transposed, stacks_of
 from core.fused import parts_of, rows_of
 from core.layers import LoRALayer
 from core.matrices import as_matrix, matrix_form, matrix_shape
+from core.method import MethodConfig
 from core.wrapper import Wrapper
 
 FORMS = ("linear", "slice", "embedding", "convolution", "expert")

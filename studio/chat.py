@@ -27,7 +27,7 @@ from core import (
     weighted_sum,
 )
 from studio.answers import Answer, describe, signs_of
-from studio.panes import Pane, Source
+from studio.panes import Pane, Source, of_lora, only_as_it_is
 from studio.sampling import ChatSettings, choose
 from studio.shift import MAX_SCORED, Shift, compare
 
@@ -302,7 +302,7 @@ class Engine:
             is_switched = bank is None and len(pane.sources) == 1 and not pane.merged
             held = self._held[pane.sources[0]].adapter if is_switched else None
             if isinstance(held, Baseline) and pane.strength != 1.0:
-                raise _only_as_it_is(held, f"run at strength {pane.strength:g}")
+                raise only_as_it_is(held, f"run at strength {pane.strength:g}")
             with strength(model, pane.strength) if is_switched else nullcontext():
                 output = model(**inputs)
                 if not (pane.merged and group.engines):  # a merged model stays what it is from token to token
@@ -341,7 +341,7 @@ class Engine:
                 self._models.clear()
                 self._take_out(source)
             if source.rank and isinstance(found, Baseline):
-                raise _only_as_it_is(found, f"cut to rank {source.rank}")
+                raise only_as_it_is(found, f"cut to rank {source.rank}")
             adapter = truncate(found, rank=source.rank).adapter if source.rank else found  # type: ignore[arg-type]
             held = _Held(found, adapter, self._place(source, adapter))
         self._held[source] = held  # the last one used stands last
@@ -383,9 +383,9 @@ class Engine:
         if model is None:
             adapters = [self._held[s].adapter for s in sources]
             model = _sharing(self._plain)
-            made = adapters[0] if alone else weighted_sum(_of_lora(adapters), [pane.terms.get(s, 0.0) for s in sources])
+            made = adapters[0] if alone else weighted_sum(of_lora(adapters), [pane.terms.get(s, 0.0) for s in sources])
             if pane.merged and isinstance(made, Baseline):
-                raise _only_as_it_is(made, "merged")
+                raise only_as_it_is(made, "merged")
             made.apply(model)
             if pane.merged:
                 with strength(model, pane.strength if alone else 1.0):
@@ -403,25 +403,6 @@ class Engine:
                 f"The prompt (={num_tokens} tokens) must be shorter than the model's context, {self.room}; "
                 "shorten it, or begin a new conversation."
             )
-
-
-def _only_as_it_is(trained: Baseline, asked: str) -> LoRAError:
-    return LoRAError(
-        f"What {trained.method.title} trained must not be {asked}: it has no ΔW = scaling · B·A. Let the pane run it "
-        "as it was trained: Adapter, strength 1."
-    )
-
-
-def _of_lora(adapters: Sequence[Adapter | Baseline]) -> list[Adapter]:
-    """Returns the adapters, if all are LoRA's.
-
-    Raises:
-        LoRAError: One is not.
-    """
-    for each in adapters:
-        if isinstance(each, Baseline):
-            raise _only_as_it_is(each, "added to another")
-    return [each for each in adapters if isinstance(each, Adapter)]
 
 
 def _sharing(model: nn.Module) -> nn.Module:

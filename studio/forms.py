@@ -34,21 +34,21 @@ class Form:
         declared = {s.name: s for s in settings(config)}
         chosen = [declared[name] for name in (names or declared)]
         plain, advanced = [s for s in chosen if not s.advanced], [s for s in chosen if s.advanced]
-        self.widgets = _rows(plain, defaults)
+        self.widgets, depending = _rows(plain, defaults)
         if advanced:
             with gr.Accordion("More", open=False):
-                self.widgets += _rows(advanced, defaults)
+                more, _ = _rows(advanced, defaults)
+                self.widgets += more
         self.names = [s.name for s in (*plain, *advanced)]
         self._settings = {s.name: s for s in chosen}
-        first, depending = chosen[0], [name for name in self.names if self._settings[name].only]
         if depending:
-            widgets = dict(zip(self.names, self.widgets, strict=True))
-            event: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-            widgets[first.name].change(
-                lambda value: [gr.update(visible=value in self._settings[name].only) for name in depending],
-                widgets[first.name],
-                [widgets[name] for name in depending],
-                **event,
+            self.widgets[0].change(
+                lambda value: [gr.Row(visible=value in only) for _, only in depending],
+                self.widgets[0],
+                [row for row, _ in depending],
+                queue=False,
+                show_progress="hidden",
+                api_visibility="private",
             )
 
     def values(self, raw: Sequence[Any]) -> dict[str, Any]:
@@ -65,22 +65,23 @@ class Form:
         return [_to_widget(values[name]) for name in self.names]
 
 
-def _rows(chosen: list[Setting], defaults: dict[str, Any]) -> list[Any]:
-    widgets = []
+def _rows(chosen: list[Setting], defaults: dict[str, Any]) -> tuple[list[Any], list[tuple[Any, tuple[str, ...]]]]:
+    """Returns the widgets, and the rows that are seen under some choices of the first setting, with these."""
+    widgets, depending = [], []
     for only, alike in groupby(chosen, lambda s: s.only):
         together = list(alike)
         is_seen = not only or defaults.get(chosen[0].name, chosen[0].default) in only
         for start in range(0, len(together), 2):
-            with gr.Row(equal_height=False):
-                pair = together[start : start + 2]
-                widgets += [widget(s, defaults.get(s.name, s.default), visible=is_seen) for s in pair]
-    return widgets
+            with gr.Row(equal_height=False, visible=is_seen) as row:
+                widgets += [widget(s, defaults.get(s.name, s.default)) for s in together[start : start + 2]]
+            if only:
+                depending.append((row, only))
+    return widgets, depending
 
 
-def widget(s: Setting, value: Any, *, visible: bool = True) -> Any:
+def widget(s: Setting, value: Any) -> Any:
     """Returns the Gradio component for one setting, its explanation beside it."""
     common: dict[str, Any] = {"label": s.label, "info": s.help, "elem_id": f"setting-{s.name}", "min_width": 220}
-    common["visible"] = visible
     if s.choices is not None:
         choices = [(s.choices[c], c) for c in s.choices] if isinstance(s.choices, Mapping) else list(s.choices)
         if len(choices) > MOST_RADIOS:

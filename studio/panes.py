@@ -1,9 +1,10 @@
 """What a chat pane runs, as a declaration that is checked and can be written down."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from core import Config, setting
+from core import Adapter, Baseline, Config, LoRAError, setting
 
 LOWEST, HIGHEST = -1.0, 2.0
 """Bounds of a strength: 0 is the base, 1 the adapter as it was trained; −1 takes away what it adds."""
@@ -81,3 +82,23 @@ class Pane(Config):
         at += [f"strength {self.strength:g}"] if self.strength != 1 else []
         at += [f"plus {self.plus_strength:g} × {self.plus}"] if self.plus else []
         return ", ".join(["Merged" if self.merged else "Base + adapter", *at])
+
+
+def only_as_it_is(trained: Baseline, asked: str) -> LoRAError:
+    """Returns why what another method trained cannot be run as it is asked."""
+    return LoRAError(
+        f"What {trained.method.title} trained must not be {asked}: it has no ΔW = scaling · B·A. Let the pane run it "
+        "as it was trained: Adapter, strength 1."
+    )
+
+
+def of_lora(adapters: Sequence[Adapter | Baseline]) -> list[Adapter]:
+    """Returns the adapters, if all are LoRA's.
+
+    Raises:
+        LoRAError: One is not.
+    """
+    for each in adapters:
+        if isinstance(each, Baseline):
+            raise only_as_it_is(each, "added to another")
+    return [each for each in adapters if isinstance(each, Adapter)]

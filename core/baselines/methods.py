@@ -8,10 +8,11 @@ from torch import nn
 
 from core.baselines.parts import Bottleneck, Prefixed, SpecialTokens, WithAdapter, WithPrefix
 from core.baselines.places import biases_of, embedding_of, head_of, inside, layers_of, projections
-from core.config import LoRAConfig, MethodConfig
+from core.config import LoRAConfig
 from core.errors import LoRAError
 from core.inject import inject, method_of, places_of, replace, seed_of
 from core.matrices import matrix_shape
+from core.method import MethodConfig
 from core.targets import Injection, count_parameters, plan, saved_parameters
 
 _Make = Callable[[nn.Module, str | None, torch.Generator | None], nn.Module]

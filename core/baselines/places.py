@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from torch import nn
 
 from core.blocks import block_lists
-from core.config import MethodConfig
 from core.errors import LoRAError, listed
+from core.method import MethodConfig
 
 _ATTENTION = r"(self_attn|attn|attention|self_attention)\.(o_proj|out_proj|c_proj|dense|Wo|out_lin|output\.dense)"
 _MLP = r"((mlp|ffn)\.)?(down_proj|c_proj|fc2|fc_out|w2|lin2|dense_4h_to_h|Wo|output\.dense)"

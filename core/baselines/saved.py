@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from core.adapter import Adapter
 from core.baselines.methods import apply_method, plan_method
-from core.config import LoRAConfig, MethodConfig
+from core.config import LoRAConfig
 from core.errors import AdapterFileError, LoRAError, listed
-from core.files import CONFIG_FILE, METHOD_KEY, read_settings, write_both
+from core.files import METHOD_KEY, write_both
 from core.inject import injection_of
-from core.pairs import WEIGHTS_FILE, read_tensors
+from core.method import MethodConfig
+from core.pairs import CONFIG_FILE, WEIGHTS_FILE, read_settings, read_tensors
 from core.targets import Injection
 
 

@@ -140,6 +140,10 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
     def opened(run: str | None, *values: Any) -> list[Any]:
         return filled(run, False, *values)
 
+    def number_for(run: str | None) -> Any:
+        """Returns two panes, the base and what was trained, where it can be neither merged nor cut."""
+        return 2 if run and studio.runs.get(run).spec.method.method != "lora" else gr.skip()
+
     def switched(run: str | None, *values: Any) -> list[Any]:
         return filled(run, True, *values)
 
@@ -266,6 +270,7 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
         **quiet,
     )
     changed = run_id.change(studio.guard(switched), [run_id, *inputs], chosen, concurrency_limit=None, **quiet)
+    run_id.change(studio.guard(number_for), run_id, num, queue=False, **quiet)
     cleared = [past, ballot, *picture]
     changed.then(studio.guard(begin_anew), [num, *inputs], cleared, queue=False, **quiet)
     examples.input(lambda e: e, examples, message, queue=False, **quiet)

@@ -124,7 +124,8 @@ def choices(studio: Studio, run: Run) -> list[tuple[str, str]]:
     for one in studio.runs.list():
         try:
             if one.has_adapter and one.spec.model == run.spec.model:
-                found.append((f"{one.spec.name} · {one.created:%d %b %H:%M}", one.id))
+                method = "" if one.spec.method.method == "lora" else f" · {one.spec.method.title}"
+                found.append((f"{one.spec.name}{method} · {one.created:%d %b %H:%M}", one.id))
         except LoRAError:  # damaged: the Runs tab says so
             continue
     return found

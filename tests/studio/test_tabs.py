@@ -705,6 +705,7 @@ def test_a_row_tells_what_was_trained_and_how_it_went(write_run):
         "Status": "failed",
         "Model": "name",
         "Data": "my rows.csv",
+        "Method": "LoRA",
         "r": "3",
         "Steps": "2 / 8",
         "Held-out loss": "3.000 → 2.000",
