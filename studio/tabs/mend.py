@@ -65,8 +65,8 @@ def draw() -> Editor:
         with gr.Group(visible=False) as question:
             words = gr.HTML(elem_id="mend-question")
             with gr.Row():
-                yes = gr.Button("Undo them for good", variant="stop", elem_id="mend-undo-yes")
-                no = gr.Button("Keep them", elem_id="mend-undo-no")
+                yes = gr.Button("Undo them for good", size="sm", variant="stop", elem_id="mend-undo-yes")
+                no = gr.Button("Keep them", size="sm", elem_id="mend-undo-no")
     opened = gr.State(None)
     shown = [opened, part, facts, text, undo, undo_all, question]
     return Editor(opened, shown, text, save, undo, undo_all, close, [question, words], yes, no)

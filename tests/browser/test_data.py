@@ -6,7 +6,7 @@ import pytest
 
 from tests.browser.test_journey import open_tab
 
-WAIT = 30_000  # milliseconds
+WAIT = 240_000  # milliseconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,27 @@ def test_a_bad_row_is_mended_on_the_page_and_the_mend_is_undone(page, upload):
     wait_for(page, "#mend-facts", "mended")
     page.locator("#mend-undo").click()
     wait_for(page, "#verdict", "1 row of mend.jsonl cannot be used")
+
+
+def test_all_mends_are_undone_only_when_that_is_confirmed(page, upload):
+    rows = [{"prompt": f"Say {i}.", "completion": f"It is {i}."} for i in range(30)]
+    upload("two.jsonl", '{"prompt": "cut\n{"prompt": "too\n' + "".join(json.dumps(row) + "\n" for row in rows))
+    for left in (2, 1):
+        page.locator("#checks").get_by_text(f"Rows that cannot be read · {left}").click()
+        page.locator("#found .body-cell:visible", has_text="is not valid JSON").first.click()
+        page.locator("#mend-text textarea").fill(json.dumps({"prompt": "Say it.", "completion": f"Said {left}."}))
+        page.locator("#mend-save").click()
+        wait_for(page, "#verdict", f"({3 - left} of them mended)")
+    page.locator("#checks").get_by_text("Mended by hand · 2").click()
+    page.locator("#found .body-cell:visible", has_text="Said 1.").click()
+    page.locator("#mend-undo-all").click()
+    wait_for(page, "#mend-question", "Undo all 2 mends?")
+    page.locator("#mend-undo-no").click()
+    page.locator("#mend-question").wait_for(state="hidden")
+    assert "2 of them mended" in page.locator("#verdict").inner_text()
+    page.locator("#mend-undo-all").click()
+    page.locator("#mend-undo-yes").click()
+    wait_for(page, "#verdict", "2 rows of two.jsonl cannot be used")
 
 
 def test_nothing_stands_above_the_button_that_checks_all_rows(page):
