@@ -118,7 +118,7 @@ class Planner:
         return Plan(
             device=str(devices[0]),
             num_devices=number,
-            dtype=str(setup.weights_dtype(spec, devices[0])).removeprefix("torch."),
+            dtype=str(spec.weights_dtype(devices[0])).removeprefix("torch."),
             num_parameters=sum(p.numel() for p in self._skeleton.parameters()),
             num_trained=injection.num_trainable,
             adapter_bytes=lora.adapter,
@@ -138,7 +138,7 @@ class Planner:
             LoRAError: The settings do not fit the model, the device is not there, or the model wants values.
         """
         devices = resolve_devices(spec.train.device)
-        dtype = setup.weights_dtype(spec, devices[0])
+        dtype = spec.weights_dtype(devices[0])
         spec = replace(spec, method=MethodConfig(method="full")) if full else spec
         parts = (spec.lora, spec.method, spec.train)
         key = json.dumps([*(part.to_dict() for part in parts), num_devices, str(dtype)])

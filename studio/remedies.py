@@ -90,7 +90,7 @@ def _time_in_bf16(spec: RunSpec) -> float | None:
         device = resolve_devices(spec.train.device)[0]
     except LoRAError:  # it is not there
         return None
-    if resolve_dtype(spec.train.precision, device) == torch.bfloat16:
+    if spec.weights_dtype(device) == torch.bfloat16:
         return None
     return 0.5 if resolve_dtype("auto", device) == torch.bfloat16 else 3.0
 

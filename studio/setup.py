@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from core import Injection, LoRAError, World, apply_method, resolve_dtype
+from core import Injection, LoRAError, World, apply_method
 from studio import data, models
 from studio.specs import RunSpec
 from studio.workspace import Workspace
@@ -68,22 +68,13 @@ def adapted_model(
     with world.first_alone():
         at_first = "cpu" if spec.train.shard_weights else str(device)  # it may be too large for the device
         options: dict[str, Any] = {"head": spec.head, "seed": spec.train.seed, "progress": note}
-        dtype = weights_dtype(spec, device)
+        dtype = spec.weights_dtype(device)
         model = models.load_model(spec.model, workspace, device=at_first, dtype=dtype, **options)
     preparation(spec)(model)
     injection = apply_method(model, spec.method, spec.lora, seed=spec.train.seed)
     if spec.train.shard_weights:
         world.shard(model, device)
     return model, injection
-
-
-def weights_dtype(spec: RunSpec, device: torch.device) -> torch.dtype:
-    """Returns the type of a run's weights; where they are trained themselves, "auto" is float32.
-
-    Small updates would be lost to the rounding of bfloat16.
-    """
-    trains_weights = spec.method.trains_weights and spec.train.precision == "auto"
-    return resolve_dtype("fp32" if trains_weights else spec.train.precision, device)
 
 
 def preparation(spec: RunSpec) -> Callable[[Any], None]:

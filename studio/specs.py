@@ -3,12 +3,15 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from core import Config, LoRAConfig, LoRAError, MethodConfig, TrainConfig, quoted, read_json
+from core import Config, LoRAConfig, LoRAError, MethodConfig, TrainConfig, quoted, read_json, resolve_dtype
 from studio.data import DataSpec
 from studio.generating import EvaluationSpec
 from studio.heads import Head
+
+if TYPE_CHECKING:
+    import torch
 
 MIN_ROW_LENGTH = 8
 
@@ -112,6 +115,14 @@ class RunSpec:
                 f"{MIN_ROW_LENGTH} of `max_length` (={self.train.max_length}) tokens."
             )
         return length
+
+    def weights_dtype(self, device: "torch.device") -> "torch.dtype":
+        """Returns the type of the model's weights; where they are trained themselves, "auto" is float32.
+
+        Small updates would be lost to the rounding of bfloat16.
+        """
+        is_exact = self.method.trains_weights and self.train.precision == "auto"
+        return resolve_dtype("fp32" if is_exact else self.train.precision, device)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values that JSON can hold."""

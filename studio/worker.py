@@ -329,7 +329,7 @@ def _predicted_bytes(run: Run) -> dict[str, int]:
 
     def forecast(spec: RunSpec) -> MemoryForecast:
         devices = resolve_devices(spec.train.device)
-        dtype, prepare = setup.weights_dtype(spec, devices[0]), setup.preparation(spec)
+        dtype, prepare = spec.weights_dtype(devices[0]), setup.preparation(spec)
         settings = {"method": spec.method, "prepare": prepare, "num_devices": len(devices)}
         return forecast_memory(skeleton, spec.lora, spec.train, dtype, per_row=spec.head.is_of_rows, **settings)
 

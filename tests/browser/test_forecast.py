@@ -58,3 +58,32 @@ def test_what_a_run_will_take_follows_the_form_is_made_to_fit_and_is_measured(br
     assert len(bars()) == 3
     assert errors == []
     page.context.close()
+
+
+@pytest.mark.slow
+def test_the_method_brings_its_own_settings_and_the_bars_are_its(browser, server):
+    page = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(server.url)
+    page.wait_for_selector("text=134,515,008", timeout=WAIT)
+    open_tab(page, "Train")
+
+    def take(title):
+        page.locator("#setting-method input").click(timeout=WAIT)
+        page.get_by_role("option", name=title, exact=True).click(timeout=WAIT)
+
+    page.wait_for_selector("#forecast .memory", timeout=WAIT)
+    take("Adapter_H")
+    page.locator("#setting-bottleneck input").fill("1", timeout=WAIT)
+    # Two adapters in each of 30 layers: 2·d·r + r + d each, for d = 576.
+    page.wait_for_selector(f"#forecast >> text={60 * (2 * 576 + 1 + 576):,}", timeout=WAIT)
+    assert page.locator("#forecast .who").first.inner_text().startswith("Adapter_H")
+    take("Prefix-layer")
+    page.wait_for_selector("#setting-infix_length", timeout=WAIT)
+    assert page.locator("#setting-bottleneck").count() == 0 or not page.locator("#setting-bottleneck").is_visible()
+    take("BitFit")
+    page.wait_for_selector("#forecast >> text=must be used on a model that has biases", timeout=WAIT)
+    assert page.locator("html").evaluate("e => e.scrollWidth - e.clientWidth") == 0, "nothing stands out at the side"
+    assert errors == []
+    page.context.close()

@@ -266,7 +266,7 @@ def test_what_only_the_machine_can_cause_is_told_with_the_next_step(error, messa
     def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr("studio.setup.inject", fail)
+    monkeypatch.setattr("studio.setup.apply_method", fail)
     code, run = work(spec)
     assert (code, run.status) == (1, "paused" if isinstance(error, OSError) else "failed")
     assert_one_sentence(run.log.end, message)
@@ -274,7 +274,7 @@ def test_what_only_the_machine_can_cause_is_told_with_the_next_step(error, messa
 
 def test_memory_that_this_machine_really_does_not_have_is_a_failure_for_memory(work, spec, monkeypatch):
     """Torch's own error, in its own words, and not one that was written down here."""
-    monkeypatch.setattr("studio.setup.inject", lambda *args, **options: torch.empty(2**60, dtype=torch.uint8))
+    monkeypatch.setattr("studio.setup.apply_method", lambda *args, **options: torch.empty(2**60, dtype=torch.uint8))
     _, run = work(spec)
     assert (run.status, run.log.end.cause) == ("failed", "memory")
     assert run.log.end.predicted_bytes
@@ -390,7 +390,7 @@ def test_rows_that_cannot_be_trained_on_are_a_failure_of_the_data(work, spec):
 
 
 def test_a_loss_that_is_not_finite_names_the_rows_of_the_data_and_offers_a_smaller_rate(work, spec, monkeypatch):
-    real = setup.inject
+    real = setup.apply_method
 
     def spoil(model, *args, **options):
         injection = real(model, *args, **options)
@@ -398,7 +398,7 @@ def test_a_loss_that_is_not_finite_names_the_rows_of_the_data_and_offers_a_small
             model.model.layers[1].mlp.up_proj.base_layer.weight[0, 0] = float("nan")
         return injection
 
-    monkeypatch.setattr("studio.setup.inject", spoil)
+    monkeypatch.setattr("studio.setup.apply_method", spoil)
     _, run = work(dataclasses.replace(spec, data=dataclasses.replace(spec.data, eval_fraction=0.0)))
     assert (run.status, run.log.end.cause) == ("failed", "loss")
     found = re.fullmatch(

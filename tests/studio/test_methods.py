@@ -134,8 +134,8 @@ def test_split_weights_are_lora_s_alone(spec, workspace):
 def test_weights_that_are_trained_are_float32_unless_asked_otherwise(method, precision, expected, spec, monkeypatch):
     """Where "auto" would take bfloat16, as on a GPU."""
     words = {"auto": "bfloat16", "bf16": "bfloat16", "fp32": "float32"}
-    monkeypatch.setattr(setup, "resolve_dtype", lambda precision, device: getattr(torch, words[precision]))
-    found = setup.weights_dtype(spec(method, precision=precision), torch.device("cpu"))
+    monkeypatch.setattr("studio.specs.resolve_dtype", lambda precision, device: getattr(torch, words[precision]))
+    found = spec(method, precision=precision).weights_dtype(torch.device("cpu"))
     assert found == getattr(torch, expected)
 
 
