@@ -1,5 +1,6 @@
 """Runs: what was trained, how it went, and what can be done with it."""
 
+import math
 import shlex
 import zipfile
 from collections.abc import Sequence
@@ -10,11 +11,12 @@ import gradio as gr
 import numpy as np
 
 from core import LoRAError
-from studio import theme
+from studio import label_metrics, theme
+from studio.event_log import EventLog
 from studio.runs import Run
 from studio.state import Studio
 
-HEADER = ["Name", "Status", "Made", "Model", "Data", "r", "Steps", "Held-out loss", "Training loss"]
+HEADER = ["Name", "Status", "Made", "Model", "Data", "r", "Steps", "Held-out loss", "Score", "Training loss"]
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -23,7 +25,7 @@ def row(run: Run) -> list[str]:
     try:
         status, spec, log = run.status, run.spec, run.log
     except LoRAError as error:
-        return [run.id, "damaged", "", "", str(error), "", "", "", ""]
+        return [run.id, "damaged", "", "", str(error), "", "", "", "", ""]
     done = log.steps[-1].step if log.steps else 0
     losses = [e.loss for e in log.evaluations]
     return [
@@ -35,8 +37,18 @@ def row(run: Run) -> list[str]:
         str(spec.lora.r),
         f"{done} / {spec.train.steps}",
         f"{losses[0]:.3f} → {losses[-1]:.3f}" if len(losses) > 1 else "",
+        score(log),
         sparkline(log.steps.columns()["loss"]),
     ]
+
+
+def score(log: EventLog) -> str:
+    """Returns the score that decides, before training and now; "" where there is none."""
+    told = [e for e in log.evaluations if e.metric]
+    if not told:
+        return ""
+    values = [label_metrics.number(e.metrics.get(e.metric, math.nan)) for e in (told[0], told[-1])]
+    return f"{label_metrics.TITLES.get(told[-1].metric, told[-1].metric)} {' → '.join(dict.fromkeys(values))}"
 
 
 def listed(studio: Studio) -> tuple[list[list[str]], list[Run]]:
@@ -83,6 +95,7 @@ def details(run: Run) -> str:
             ("Id", run.id),
             ("Model", spec.model),
             ("Data", spec.data.source),
+            *([("Task", ", ".join((spec.data.task, *spec.data.labels)))] if spec.data.is_labelled else []),
             ("Target matrices", targets if isinstance(targets, str) else ", ".join(targets)),
             ("r, alpha, dropout", f"{spec.lora.r}, {spec.lora.alpha:g}, {spec.lora.dropout:g}"),
             ("Steps × batch", f"{spec.train.steps} × {spec.train.batch_size * spec.train.accumulation}"),
