@@ -268,7 +268,7 @@ def _print_runs(listed: "list[Run]", *, as_json: bool) -> int:
             step = log.steps[-1].step if log.steps else 0
             last = log.evaluations[-1] if log.evaluations else None
             row = {"id": run.id, "name": run.spec.name, "status": status, "step": step, "steps": run.spec.train.steps}
-            row |= {"held_out_loss": last and last.loss, "metrics": last.metrics if last else {}}
+            row |= {"held_out_loss": last and last.loss, **({"metrics": last.metrics} if last and last.metrics else {})}
             row |= {"adapter": str(run.adapter_folder) if run.has_adapter else None}
             if isinstance(log.end, Failed):
                 row["failed"] = dataclasses.asdict(log.end) | {"remedies": [r.label for r in remedies(run)]}

@@ -22,7 +22,7 @@ from studio.remedies import remedies
 from studio.runs import Run
 from studio.specs import RunSpec
 from studio.state import Studio
-from studio.tabs import chat, data, forecast, home, model, runs, spectrum, train
+from studio.tabs import chat, data, forecast, home, labels, model, runs, spectrum, train
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -54,7 +54,9 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Tab("Spectrum", id="spectrum") as spectrum_tab:
                 pair = spectrum.build(studio, run_id, spectrum_tab.select)
             with gr.Tab("Chat", id="chat") as chat_tab:
-                chat.build(studio, run_id, chat_tab.select)
+                with gr.Column() as talk:
+                    chat.build(studio, run_id, chat_tab.select)
+                labels.build(studio, run_id, chat_tab.select, talk)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs.build(studio, run_id, runs_tab.select, tabs)
             with gr.Tab("Take home", id="home") as home_tab:
@@ -103,12 +105,13 @@ def _wire(
 
     def read(*values: Any, rows: bool = True) -> RunSpec:
         chosen, lora = model.parse(model_tab.form, list(values[:num_model]))
-        read_rows = data.parse(data_tab.form, list(values[num_model : num_model + num_data])) if rows else DataSpec()
+        told = list(values[num_model : num_model + num_data])
+        read_rows = data.parse(data_tab.form, told) if rows else DataSpec.from_dict(data.task_of(told))
         longest, *rest = values[num_model + num_data :]
         settings = TrainConfig.from_dict(train_tab.form.values(rest[:num_train]) | {"max_length": longest})
         method = MethodConfig.from_dict(train_tab.method.values(rest[num_train : num_train + num_method]))
         evaluation = EvaluationSpec.from_dict(train_tab.evaluation.values(rest[num_train + num_method :]))
-        return RunSpec("Untitled", chosen, read_rows, lora, settings, evaluation, method=method)
+        return studio.settled(RunSpec("Untitled", chosen, read_rows, lora, settings, evaluation, method=method))
 
     def begin(name: str, sweep: str, look: Any, *values: Any) -> Any:
         spec = read(*values)

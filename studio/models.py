@@ -271,6 +271,18 @@ def head_names(model: str, workspace: Workspace, tree: "nn.Module") -> tuple[str
     return tuple(found)
 
 
+def has_head(model: str, workspace: Workspace, head: Head) -> bool:
+    """Says whether a model was saved with this very head for labels, so that it gives them without an adapter.
+
+    Raises:
+        LoRAError: `model` names nothing that the studio can train.
+    """
+    source = _locate(model)
+    return source.file is None and skeletons.has_head(
+        _folder_config(model, _folder(source, workspace, weights=False)), head
+    )
+
+
 def prepare_to_train(model: Any, *, activation_checkpointing: bool = False, head: Sequence[str] | None = None) -> None:
     """Makes a model ready for `core.train`: no key-value cache, and attention that goes by `core.causal_attention`.
 

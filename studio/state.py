@@ -35,11 +35,12 @@ from core import (
     spectra,
     weight_svd,
 )
-from studio import data, hub, jobs, models, sweeps, tasks
+from studio import data, hub, jobs, models, skeletons, sweeps, tasks
 from studio.chat import KEPT_ADAPTERS, Engine
 from studio.checkpoints import ADAPTER_FILES
 from studio.heads import CAUSAL, Head
 from studio.history import Shown
+from studio.judge import Judge
 from studio.model_files import STARTER, STARTER_ENCODER
 from studio.opened import Opened, Source, read_matrix
 from studio.panes import Pane
@@ -89,6 +90,17 @@ class Studio:
     def skeleton(self, model: str, head: Head | None = None) -> nn.Module:
         """Returns the model's tree of modules on the meta device, with its own head or another."""
         return self._keep("skeleton", (model, head), lambda: models.skeleton(model, self.workspace, head), most=2)
+
+    def base(self, model: str) -> nn.Module:
+        """Returns the tree of which matrices are chosen: without a head for labels, which is trained in full."""
+
+        def make() -> nn.Module:
+            tree = self.skeleton(model) if self.info(model).can_write else models.skeleton(model, self.workspace)
+            for name in skeletons.head_modules(tree) if not self.info(model).can_write else ():
+                setattr(tree, name, nn.Identity())
+            return tree
+
+        return self._keep("base", model, make)
 
     def planner(self, model: str, head: Head = CAUSAL) -> Planner:
         """Returns what forecasts the memory of runs of a model with such a head."""
@@ -262,6 +274,19 @@ class Studio:
             for old in list(self._guests)[:-KEPT_ADAPTERS]:
                 del self._guests[old]
         return self._engine_of(opened.model or "", opened.run.spec.train if opened.run else TrainConfig()), Pane(name)
+
+    def judge(self, run: Run) -> Judge:
+        """Returns what gives the labels of a run's task, with its base model, its head, and adapters of such runs."""
+        spec = run.spec
+        device = resolve_devices(spec.train.device)[0]
+        dtype = resolve_dtype("fp32" if device.type == "cpu" else spec.train.precision, device)
+
+        def load() -> Judge:
+            options: dict[str, Any] = {"head": spec.head, "seed": spec.train.seed, "dtype": dtype}
+            model = models.load_model(spec.model, self.workspace, device=str(device), **options)
+            return Judge(model, self.tokenizer(spec.model), functools.partial(self.adapter, spec.model))
+
+        return self._keep("engine", (spec.model, spec.head, spec.train.seed, device, dtype), load)
 
     def _engine_of(self, model: str, train: TrainConfig) -> Engine:
         device = resolve_devices(train.device)[0]

@@ -4,7 +4,7 @@ from html import escape
 
 from gradio.themes import Base, Color, colors, sizes
 
-from studio import bars, certificate, chat_page, grid_page
+from studio import bars, certificate, chat_page, grid_page, label_page
 from studio.palette import ADAPTED, BASE
 
 _ORANGE = Color(
@@ -179,13 +179,13 @@ table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600;
 .download a {{ font-weight: 600; color: var(--adapted); overflow-wrap: anywhere; }}
 #fit-row {{ align-items: flex-end; gap: .5rem; }}
 #fit-row > button {{ flex: 0 1 auto; }}
-:is(#probe-progress, #fitting):not(:has(.said, .progress)) {{ display: none; }}
+:is(#probe-progress, #fitting, #task-note, #label-note):not(:has(.said, .progress)) {{ display: none; }}
 #offers {{ gap: .4rem; }}
 #offers:not(:has(button)) {{ display: none; }}
 #offers button:not(.hidden) {{ display: block; white-space: pre-line; text-align: left; font-weight: 400;
   line-height: 1.35; }}
 #offers button::first-line {{ font-weight: 600; }}
-{bars.CSS}{chat_page.CSS}{grid_page.CSS}{certificate.CSS}"""
+{bars.CSS}{chat_page.CSS}{label_page.CSS}{grid_page.CSS}{certificate.CSS}"""
 
 
 def facts(pairs: list[tuple[str, str]]) -> str:

@@ -10,8 +10,13 @@ from types import ModuleType
 import pytest
 
 DATA = Path(__file__).parents[1] / "assets" / "data"
-COLUMNS = {"restaurants": ["mr", "text"], "tickets": ["request", "ticket"], "lighthouse": ["messages"]}
-NUM_ROWS = {"restaurants": (1000, 120), "tickets": (440, 44), "lighthouse": (213, 26)}
+COLUMNS = {
+    "restaurants": ["mr", "text"],
+    "tickets": ["request", "ticket"],
+    "lighthouse": ["messages"],
+    "topics": ["request", "topic"],
+}
+NUM_ROWS = {"restaurants": (1000, 120), "tickets": (440, 44), "lighthouse": (213, 26), "topics": (440, 44)}
 SPLITS = ("train", "eval")
 FILES = [(name, split) for name in COLUMNS for split in SPLITS]
 MAX_CHARACTERS = 560
@@ -144,13 +149,20 @@ def test_about_names_columns_that_exist_and_prompts_of_the_evaluation(name):
     assert set(description["examples"]) <= {prompt(row) for row in read(name, "eval")}
 
 
-@pytest.mark.parametrize("name", ["restaurants", "tickets"])
+@pytest.mark.parametrize("name", ["restaurants", "tickets", "topics"])
 def test_generators_reproduce_the_files_byte_for_byte(name, monkeypatch):
     splits = generator(name, monkeypatch).make()
     grammar = importlib.import_module("grammar")
     assert set(splits) == set(SPLITS)
     for split, rows in splits.items():
         assert grammar.as_jsonl(rows) == (DATA / name / f"{split}.jsonl").read_bytes()
+
+
+def test_topics_are_the_categories_of_the_tickets():
+    for split in SPLITS:
+        found = [(row["request"], row["topic"]) for row in read("topics", split)]
+        assert found == [(row["request"], json.loads(row["ticket"])["category"]) for row in read("tickets", split)]
+        assert {topic for _, topic in found} == CATEGORIES
 
 
 def test_restaurants_of_the_evaluation_have_new_names():

@@ -11,15 +11,13 @@ import gradio as gr
 from core import LoRAError, TrainConfig
 from studio import data, mapping, theme
 from studio.forms import Form
-from studio.palette import ADAPTED
+from studio.palette import ADAPTED, BASE
 from studio.state import Studio
 from studio.tables import Table, list_starters, save_upload
-from studio.tabs import inspect, mend
+from studio.tabs import inspect, mend, task
 from studio.tabs.inspect import verify as verify
+from studio.tabs.task import COLUMNS, COLUMNS_OF, NONE
 
-NONE = "(none)"
-COLUMNS = ("prompt", "context", "completion", "messages", "text")
-COLUMNS_OF = {"pair": ("prompt", "context", "completion"), "messages": ("messages",), "text": ("text",)}
 WHERE = ("Starter set", "My own file", "Hugging Face Hub")
 DEFAULT_STARTER = "starter:restaurants"
 PREVIEW_ROWS = 20
@@ -50,12 +48,20 @@ def parse(form: Form, values: list[Any]) -> data.DataSpec:
     Raises:
         LoRAError: No data set was read, or a setting is out of range.
     """
-    source, layout, *rest = values
+    source, wanted, labels, layout, *rest = values
     columns, settings = rest[: len(COLUMNS)], rest[len(COLUMNS) :]
     if not source:
         raise LoRAError("`source` (=nothing) must name a data set; choose one in the Data tab.")
     named = {name: "" if column in (NONE, None) else column for name, column in zip(COLUMNS, columns, strict=True)}
-    return data.DataSpec.from_dict({"source": source, "layout": layout, **named, **form.values(settings)})
+    return data.DataSpec.from_dict(
+        {"source": source, **task.settings_of(wanted, labels), "layout": layout, **named, **form.values(settings)}
+    )
+
+
+def task_of(values: list[Any]) -> dict[str, Any]:
+    """Returns what the tab's `inputs` say of the head that the model needs, whatever else is chosen."""
+    _, wanted, labels, *_ = values
+    return task.settings_of(wanted, labels or ["0", "1"])
 
 
 def preview(table: Table) -> tuple[list[str], list[list[str]]]:
@@ -99,6 +105,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
                 hub_read = gr.Button("Read this data set", variant="primary")
             summary = gr.HTML(elem_id="data-summary")
             gr.Markdown("### What the columns mean")
+            asked = task.draw()
             layout = gr.Radio(
                 [("Prompt and completion", "pair"), ("Conversation", "messages"), ("Plain text", "text")],
                 value="pair",
@@ -109,7 +116,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
                     gr.Dropdown(
                         [NONE],
                         value=NONE,
-                        label=f"{name.capitalize()} column",
+                        label=task.TITLES[name],
                         min_width=140,
                         visible=name in COLUMNS_OF["pair"],
                         elem_id=f"column-{name}",
@@ -119,9 +126,8 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
             form = Form(
                 data.DataSpec,
                 [
-                    "instruction",
-                    "template",
-                    "train_on",
+                    *task.TO_WRITE,
+                    "metric",
                     "bad_rows",
                     "eval_fraction",
                     "eval_source",
@@ -130,11 +136,11 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
                 ],
             )
         with gr.Column(scale=6, min_width=320):
-            gr.Markdown("### As the model sees it\nColoured tokens are trained; the others are only read.")
+            gr.Markdown("### As the model sees it\nOrange tokens are trained; the others are only read.")
             row_number = gr.Slider(1, 2, value=1, step=1, label="Row")
             tokens = gr.HighlightedText(
                 label="One row, token by token",
-                color_map={"trained": ADAPTED},
+                color_map={"trained": ADAPTED, task.SECOND_TEXT: BASE},
                 show_legend=False,
                 show_inline_category=False,
                 combine_adjacent=False,
@@ -149,11 +155,13 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
                 interactive=False, wrap=True, max_height=420, label="Rows", show_label=False, elem_id="preview"
             )
 
-    inputs = [source, layout, *columns, *form.widgets]
+    inputs = [source, asked.task, asked.labels, layout, *columns, *form.widgets]
+    of_task = [asked.note, *inputs[1:]]
+    form.widgets[form.names.index("metric")].visible = False  # until the task has scores
 
     def read(wanted: str, chosen_model: str) -> tuple[Any, ...]:
         table = studio.table(wanted)
-        spec = data.guess_spec(table, wanted, has_chat_template=studio.info(chosen_model).has_chat_template)
+        spec = task.guess(studio, chosen_model, wanted)
         recognised = f"Recognised: {mapping.format_of(table, spec)}. Change it below if that is wrong."
         header, rows = preview(table)
         counts = f"{len(table.rows):,} rows" + (
@@ -163,9 +171,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
         return (
             wanted,
             theme.said([f"{table.name}: {counts}, columns {', '.join(table.columns)}.", recognised, *table.problems]),
-            spec.layout,
-            *(gr.Dropdown(choices=choices, value=getattr(spec, name) or NONE) for name in COLUMNS),
-            *form.shown(spec),
+            *task.shown(studio, chosen_model, form, spec, choices),
             gr.Slider(maximum=max(2, min(len(table.rows), 500)), value=1),
             {"headers": header, "data": rows},
         )
@@ -188,6 +194,8 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
             data.check_spec(spec, table)
             tokenizer = studio.tokenizer(chosen_model)
             row = table.rows[min(int(number), len(table.rows)) - 1]
+            if spec.is_labelled:
+                return task.row_view(row, spec, tokenizer, longest)
             example = data.tokenize_row(row, spec, tokenizer, longest)
         except LoRAError as error:  # said where the row would stand: the form is still being filled in
             return None, theme.said(str(error), "error")
@@ -261,9 +269,18 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     def show_columns(kind_of_row: str) -> list[Any]:
         return [gr.Dropdown(visible=name in COLUMNS_OF[kind_of_row]) for name in COLUMNS]
 
+    def take_task(chosen_model: str, *values: Any) -> list[Any]:
+        return task.take(studio, chosen_model, form, list(values))
+
+    def follow_model(chosen_model: str, *values: Any) -> list[Any]:
+        return task.follow(studio, chosen_model, form, list(values))
+
+    def relabel(*values: Any) -> Any:
+        return task.relabelled(studio, list(values))
+
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
     loud: dict[str, Any] = {"api_visibility": "private", "show_progress_on": summary}
-    read_outputs = [source, summary, layout, *columns, *form.widgets, row_number, table_view]
+    read_outputs = [source, summary, *of_task, row_number, table_view]
     kind.change(
         lambda chosen: [gr.update(visible=chosen == k) for k in WHERE],
         kind,
@@ -285,16 +302,24 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     ]
     layout.change(show_columns, layout, columns, queue=False, **quiet)
     row_inputs = [model, max_length, row_number, *inputs]
-    for event in was_read:
+    asking: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
+    retasked = [
+        asked.task.input(studio.guard(take_task), [model, *inputs], of_task, **asking),
+        model.change(studio.guard(follow_model), [model, *inputs], of_task, **asking),
+        columns[COLUMNS.index("completion")].input(studio.guard(relabel), inputs, asked.labels, **asking),
+    ]
+    for event in (*was_read, *retasked):
         event.success(show_row, row_inputs, [tokens, row_facts], **quiet)
-    edited = [model.change, max_length.change, *(w.input for w in (row_number, layout, *columns, *form.widgets))]
+    others = [widget for name, widget in zip(COLUMNS, columns, strict=True) if name != "completion"]
+    typed = [asked.labels, layout, *others, *form.widgets]  # what changes more than itself is seen to above
+    edited = [max_length.change, row_number.input, *(widget.input for widget in typed)]
     gr.on(edited, show_row, row_inputs, [tokens, row_facts], trigger_mode="always_last", **quiet)
 
     survey_inputs = [model, max_length, part.chosen, *inputs]
     survey_outputs = [part.look, part.progress, part.cancel, *part.shown]
     last: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
-    changed = [model.change, *(w.input for w in (layout, *columns, *form.widgets))]
-    for event in was_read:
+    changed = [widget.input for widget in typed]
+    for event in (*was_read, *retasked):
         event.success(studio.guard(survey_unasked), survey_inputs, survey_outputs, **last)
     gr.on(changed, studio.guard(survey_unasked), survey_inputs, survey_outputs, **last)
     part.check.click(studio.guard(survey), survey_inputs, survey_outputs, **last)
@@ -310,7 +335,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     editor.no.click(lambda: gr.Group(visible=False), None, editor.asked[0], queue=False, **quiet)
     closed = lambda: mend.show(None)  # noqa: E731
     gr.on([editor.close.click, part.chosen.input, *changed], closed, None, editor.shown, queue=False, **quiet)
-    for event in was_read:
+    for event in (*was_read, *retasked):
         event.success(closed, None, editor.shown, **quiet)
     for event in (
         editor.save.click(studio.guard(save_mend), [editor.opened, editor.text, max_length], editor.shown, **quiet),

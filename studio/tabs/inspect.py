@@ -243,10 +243,15 @@ def _cut_facts(found: Survey, max_length: int) -> str:
     usable = last >= 0
     ended = int((usable & (last < max_length) & ((np.asarray(found.flags) & data.ENDED) > 0)).sum())
     end = f"{found.end or 'none'}: " if found.end else "no end token: "
+    cut = [
+        ("Rows cut", f"{what.num_cut:,} of {what.num_rows:,}"),
+        ("Tokens lost", _share(what.num_lost, what.num_lost + what.num_tokens)),
+    ]
+    if found.spec.is_labelled:  # no end is trained, and padding is saved by putting rows of like length together
+        return theme.facts(cut)
     return theme.facts(
         [
-            ("Rows cut", f"{what.num_cut:,} of {what.num_rows:,}"),
-            ("Tokens lost", _share(what.num_lost, what.num_lost + what.num_tokens)),
+            *cut,
             (f"Padding saved, batches of {size}", _share(what.num_padding, with_padding)),
             ("End token trained", f"{end}{ended:,} of {what.num_rows:,}"),
         ]

@@ -9,15 +9,18 @@ import gradio as gr
 from core import ALL_LINEAR, FORMS, LoRAConfig, LoRAError, adaptable, chosen_ranks, plan, quoted, settings
 from studio import grid, grid_page, matrices, models, theme
 from studio.forms import Form
+from studio.model_files import STARTER, STARTER_ENCODER
 from studio.state import Studio
 
 CHOOSE = "My own choice"
 KINDS = {
     "Starter (SmolLM2-135M-Instruct)": "starter",
+    "Starter encoder (all-MiniLM-L6-v2)": "starter-encoder",
     "Hugging Face Hub": "hub",
     "Folder": "folder",
     "GGUF file": "gguf",
 }
+STARTERS = (STARTER, STARTER_ENCODER)
 HINTS = {
     "hub": ("Hub id", "owner/name, for example HuggingFaceTB/SmolLM2-360M-Instruct. Needs the network."),
     "folder": (
@@ -94,6 +97,7 @@ def facts_view(info: models.ModelInfo) -> str:
             ("Vocabulary", f"{info.vocab_size:,}"),
             ("Context", f"{info.context_length:,} tokens" if info.context_length else "unknown"),
             ("Chat template", "yes" if info.has_chat_template else "no"),
+            ("Made for", "text" if info.can_write else "labels, numbers"),
             ("Licence", info.licence or "unknown"),
         ]
     )
@@ -101,7 +105,7 @@ def facts_view(info: models.ModelInfo) -> str:
 
 def cost_view(studio: Studio, model: str, config: LoRAConfig) -> str:
     """Returns HTML of what `config` trains in `model`, and what it leaves out."""
-    skeleton = studio.skeleton(model)
+    skeleton = studio.base(model)
     injection = plan(skeleton, config)
     experts = adaptable(skeleton, ["expert"])  # of which `unmatched` counts a stack once
     stacks = {path.rpartition(".")[0] for path in experts}
@@ -112,6 +116,7 @@ def cost_view(studio: Studio, model: str, config: LoRAConfig) -> str:
             ("Share of the model", f"{100 * injection.trainable_share:.2f} %"),
             ("Adapter file", _bytes(injection.adapter_bytes)),
             ("Matrices adapted", f"{len(injection.targets)} of {len(injection.targets) + len(left_out)}"),
+            *([] if studio.info(model).can_write else [("Trained in full", "its head")]),
         ]
     )
     words = chosen_by(config, {pattern: len(paths) for pattern, paths in injection.by_pattern.items()})
@@ -183,7 +188,7 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
     def show(*values: Any) -> tuple[Any, ...]:
         """Returns the grid, the names and the cost that the settings say."""
         model_name, title, ticked, text, *_ = values
-        grid_cells = grid.cells(studio.skeleton(model_name))
+        grid_cells = grid.cells(studio.base(model_name))
         try:
             targets(title, ticked, text)
         except LoRAError as error:
@@ -203,7 +208,7 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
     def represent(ranks: grid.Ranks, *values: Any) -> tuple[Any, ...]:
         """Returns the values of `choice`, and the cost, for a choice of matrices."""
         chosen, _, _, _, *widgets = values
-        tree = studio.skeleton(chosen)
+        tree = studio.base(chosen)
         if not ranks:
             return CHOOSE, [], "", "", "", "", theme.said(grid.NOTHING, "error")
         try:
@@ -230,7 +235,7 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
     @studio.guard
     def edited(text: str, *values: Any) -> tuple[Any, ...]:
         """Returns the settings that make what was clicked in the grid."""
-        grid_cells = grid.cells(studio.skeleton(values[0]))
+        grid_cells = grid.cells(studio.base(values[0]))
         return represent(grid.read_state(grid_cells, text, r_of(values)), *values)
 
     @studio.guard
@@ -242,7 +247,7 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
             now = [model_name, CHOOSE, ticked, "", *widgets]
             state, _, _, words = show(*now)
             return state, CHOOSE, ticked, "", *kept, words
-        grid_cells, r = grid.cells(studio.skeleton(model_name)), r_of(values)
+        grid_cells, r = grid.cells(studio.base(model_name)), r_of(values)
         ranks = dict(grid.read_state(grid_cells, shown, r))
         before = set(grid.full_columns(grid_cells, ranks))
         for cell in grid_cells:
@@ -258,12 +263,12 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
         return grid.state(grid_cells, model_name, ranks, r, dora), *represent(ranks, *values)
 
     def found_in(chosen: str) -> list[matrices.MatrixKind]:
-        skeleton = studio.skeleton(chosen)
+        skeleton = studio.base(chosen)
         return [kind for form in FORMS for kind in matrices.kinds(adaptable(skeleton, [form]), form)]
 
     def look_at(kind_title: str, place_text: str) -> tuple[Any, ...]:
         wanted = KINDS[kind_title]
-        chosen = "starter" if wanted == "starter" else (place_text or "").strip()
+        chosen = wanted if wanted in STARTERS else (place_text or "").strip()
         if not chosen:
             raise LoRAError(f"`{HINTS[wanted][0]}` must not be empty; write one, or take the starter.")
         studio.check_model(chosen)
@@ -277,7 +282,7 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
             gr.Radio(choices=[*by_title, CHOOSE], value="All linear"),
             gr.CheckboxGroup(choices=choices, value=by_title["All linear"]),
             "",
-            gr.HTML(layout=grid.layout(grid.cells(studio.skeleton(chosen)), chosen)),
+            gr.HTML(layout=grid.layout(grid.cells(studio.base(chosen)), chosen)),
         )
 
     def take_preset(chosen: str, title: str) -> tuple[Any, ...]:
@@ -288,7 +293,7 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
     def take_kind(kind_title: str) -> tuple[Any, ...]:
         wanted = KINDS[kind_title]
         label, info = HINTS.get(wanted, ("", ""))
-        return gr.Group(visible=wanted != "starter"), gr.Textbox(label=label, info=info)
+        return gr.Group(visible=wanted not in STARTERS), gr.Textbox(label=label, info=info)
 
     shown = [model, facts, preset, names, pattern, cells]
     drawn = [cells, names, preset, cost]
@@ -298,7 +303,7 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
     looked = [
         kind.change(
             studio.guard(
-                lambda title, text: look_at(title, text) if KINDS[title] == "starter" else [gr.skip()] * len(shown)
+                lambda title, text: look_at(title, text) if KINDS[title] in STARTERS else [gr.skip()] * len(shown)
             ),
             [kind, place],
             shown,
@@ -335,7 +340,7 @@ CHOICE = ("exclude_modules", "layers", "rank_pattern")
 
 def _ranks(studio: Studio, model: str, config: LoRAConfig) -> dict[str, int]:
     try:
-        return chosen_ranks(studio.skeleton(model), config)
+        return chosen_ranks(studio.base(model), config)
     except LoRAError:  # the settings fit nothing; the cost says why
         return {}
 

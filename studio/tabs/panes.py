@@ -123,7 +123,7 @@ def choices(studio: Studio, run: Run) -> list[tuple[str, str]]:
     found = []
     for one in studio.runs.list():
         try:
-            if one.has_adapter and one.spec.model == run.spec.model:
+            if one.has_adapter and (one.spec.model, one.spec.head) == (run.spec.model, run.spec.head):
                 method = "" if one.spec.method.method == "lora" else f" · {one.spec.method.title}"
                 found.append((f"{one.spec.name}{method} · {one.created:%d %b %H:%M}", one.id))
         except LoRAError:  # damaged: the Runs tab says so

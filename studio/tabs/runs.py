@@ -1,5 +1,6 @@
 """Runs: what was trained, how it went, and what can be done with it."""
 
+import math
 import shlex
 import zipfile
 from collections.abc import Sequence
@@ -11,14 +12,27 @@ import gradio as gr
 import numpy as np
 
 from core import LoRAError, MethodConfig, settings
-from studio import beside, evaluation, theme
+from studio import beside, evaluation, label_metrics, theme
+from studio.event_log import EventLog
 from studio.generating import EvaluationSpec
 from studio.metrics import TASKS
 from studio.runs import Run
 from studio.specs import RunSpec
 from studio.state import Studio
 
-HEADER = ["Name", "Status", "Made", "Model", "Data", "Method", "r", "Steps", "Held-out loss", "Training loss"]
+HEADER = [
+    "Name",
+    "Status",
+    "Made",
+    "Model",
+    "Data",
+    "Method",
+    "r",
+    "Steps",
+    "Held-out loss",
+    "Score",
+    "Training loss",
+]
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_STEPS = 12
 """Steps of which a table shows what was measured."""
@@ -42,8 +56,18 @@ def row(run: Run) -> list[str]:
         str(spec.lora.r) if spec.method.method == "lora" else "",
         f"{done} / {spec.train.steps}",
         f"{losses[0]:.3f} → {losses[-1]:.3f}" if len(losses) > 1 else "",
+        score(log),
         sparkline(log.steps.columns()["loss"]),
     ]
+
+
+def score(log: EventLog) -> str:
+    """Returns the score that decides, before training and now; "" where there is none."""
+    told = [e for e in log.evaluations if e.metric]
+    if not told:
+        return ""
+    values = [label_metrics.number(e.metrics.get(e.metric, math.nan)) for e in (told[0], told[-1])]
+    return f"{label_metrics.TITLES.get(told[-1].metric, told[-1].metric)} {' → '.join(dict.fromkeys(values))}"
 
 
 def listed(studio: Studio) -> tuple[list[list[str]], list[Run]]:
@@ -90,6 +114,7 @@ def details(run: Run) -> str:
                 ("Id", run.id),
                 ("Model", spec.model),
                 ("Data", spec.data.source),
+                *([("Task", ", ".join((spec.data.task, *spec.data.labels)))] if spec.data.is_labelled else []),
                 *_method(spec),
                 ("Steps × batch", f"{spec.train.steps} × {spec.train.batch_size * spec.train.accumulation}"),
                 ("Learning rate", f"{spec.train.learning_rate:g}, {spec.train.schedule}"),
@@ -112,7 +137,7 @@ def measured(run: Run) -> str:
     for kept in reversed(found):
         alike.setdefault(kept.spec, []).append(kept)
     tables = "".join(_table(spec, of_spec) for spec, of_spec in alike.items())
-    if not run.has_adapter:
+    if not run.has_adapter or run.spec.data.is_labelled:
         return tables
     task = run.spec.evaluation.evaluation_task if run.spec.evaluation.is_on else "data_to_text"
     words = ["lora-studio", "evaluate", run.id, "--task", task, "--workspace", str(run.workspace_root)]

@@ -1,7 +1,8 @@
 """Train: settings and Start, what a run is doing, live, and what can be done with it."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -10,13 +11,13 @@ import gradio as gr
 import numpy as np
 
 from core import Failed, Finished, LoRAError, MethodConfig, TrainConfig, gpus, settings
-from studio import jobs, live, theme
+from studio import jobs, label_metrics, live, theme
 from studio.checkpoints import best
 from studio.event_log import EventLog
 from studio.forms import Form
 from studio.generating import EvaluationSpec
 from studio.live import duration
-from studio.palette import ADAPTED, ADAPTED_SOFT
+from studio.palette import ADAPTED, ADAPTED_SOFT, BASE, CHANCE
 from studio.remedies import remedies
 from studio.runs import Run, Runs
 from studio.tabs import forecast
@@ -167,6 +168,9 @@ SMALL: dict[str, Callable[[dict[str, np.ndarray]], np.ndarray]] = {
 }
 
 
+SCORE_COLORS = (ADAPTED, BASE, CHANCE)
+"""Of the scores in one chart; the first is the one that decides."""
+
 SPECTRUM = ("σ₁ of ΔW, mean over matrices", "Effective rank of ΔW, mean")
 """What `Spectra.means` gives, in its order."""
 
@@ -182,7 +186,16 @@ def charts(log: EventLog) -> str:
         live.Curve("training", ADAPTED_SOFT, points(steps["loss"])),
         live.Curve("held-out rows", ADAPTED, [(e.step, e.loss) for e in log.evaluations], dots=True, thickness=2),
     ]
-    drawn = live.chart("Loss (nats per token)", losses, height=260, empty="It appears after the first step.")
+    last = log.evaluations[-1] if log.evaluations else None
+    is_of_rows = last is not None and bool(last.metrics)
+    unit = "" if last is not None and "pearson" in last.metrics else " (nats)" if is_of_rows else " (nats per token)"
+    drawn = live.chart(f"Loss{unit}", losses, height=260, empty="It appears after the first step.")
+    if last is not None and is_of_rows:
+        scores = [
+            live.Curve(label_metrics.TITLES.get(name, name), color, _scores(log, name), dots=True, thickness=2)
+            for name, color in zip(_first(last.metric, last.metrics), SCORE_COLORS, strict=False)
+        ]
+        drawn += live.chart("Scores on held-out rows", scores, height=110)
     small = [
         live.chart(title, [live.Curve("", ADAPTED, points(value(steps)))], height=110) for title, value in SMALL.items()
     ]
@@ -191,6 +204,14 @@ def charts(log: EventLog) -> str:
         values = np.stack([measured[: len(means)], means[: len(measured), place]], axis=1)
         small.append(live.chart(title, [live.Curve("", ADAPTED, values)], height=110))
     return f'<div class="charts">{drawn}{"".join(small)}</div>'
+
+
+def _first(name: str, names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda other: other != name)
+
+
+def _scores(log: EventLog, name: str) -> list[tuple[float, float]]:
+    return [(e.step, e.metrics.get(name, math.nan)) for e in log.evaluations]
 
 
 def status_view(run: Run, status: str) -> str:
@@ -212,10 +233,14 @@ def status_view(run: Run, status: str) -> str:
     if log.evaluations:
         first, last = log.evaluations[0].loss, log.evaluations[-1].loss
         pairs.append(("Held-out loss", f"{first:.3f} → {last:.3f}" if len(log.evaluations) > 1 else f"{first:.3f}"))
+        pairs += [
+            (label_metrics.TITLES.get(name, name), _from_to(_scores(log, name)))
+            for name in _first(log.evaluations[-1].metric, log.evaluations[-1].metrics)
+        ]
         lowest = best([(e.step, e.to_minimize) for e in log.evaluations])
         if lowest is not None:
-            pairs.append(("Best at step", str(lowest)))
-        pairs += [(name, f"{value:.3f}") for name, value in log.evaluations[-1].metrics.items()]
+            by = label_metrics.TITLES.get(log.evaluations[-1].metric, "")
+            pairs.append((f"Best {by} at step" if by else "Best at step", str(lowest)))
     if log.checkpoint:
         pairs.append(("Last checkpoint", f"step {log.checkpoint.step}"))
     if log.started:
@@ -224,6 +249,11 @@ def status_view(run: Run, status: str) -> str:
     parts.append(theme.facts(pairs))
     sentences, kind = _state_words(run, status)
     return "".join(parts) + (theme.said(sentences, kind) if sentences else "")
+
+
+def _from_to(scores: list[tuple[float, float]]) -> str:
+    values = [label_metrics.number(value) for _, value in (scores[0], scores[-1])]
+    return " → ".join(values if len(scores) > 1 else values[:1])
 
 
 def _state_words(run: Run, status: str) -> tuple[list[str], str]:
@@ -248,15 +278,14 @@ def _state_words(run: Run, status: str) -> tuple[list[str], str]:
     if status == "paused":
         return [f"Everything is saved and its memory is free. Resume goes on after step {step}."], ""
     if reason == "early":
-        if log.evaluations[-1].metric:
-            what = f"{log.evaluations[-1].metric} no longer rose"
-        else:
-            what = "the held-out loss rose"
-        best_step = best([(e.step, e.to_minimize) for e in log.evaluations])
-        return [f"Ended early: {what}. The adapter saved is that of step {best_step}."], ""
+        lowest = best([(e.step, e.to_minimize) for e in log.evaluations])
+        metric = log.evaluations[-1].metric if log.evaluations else ""
+        why = f"{label_metrics.TITLES.get(metric, metric)} no longer rose" if metric else "the held-out loss rose"
+        return [f"Ended early: {why}. The adapter saved is that of step {lowest}."], ""
     if run.has_adapter and not run.has_lora:
         return [f"What {run.spec.method.title} trained is saved. Chat with it; it has no ΔW, and so no spectrum."], ""
-    return (["The adapter is saved. Look at its spectrum, or chat with it."] if run.has_adapter else []), ""
+    use = "try it on texts in Chat" if run.spec.data.is_labelled else "chat with it"
+    return ([f"The adapter is saved. Look at its spectrum, or {use}."] if run.has_adapter else []), ""
 
 
 def _memory_words(failed: Failed) -> list[str]:

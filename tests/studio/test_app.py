@@ -809,10 +809,11 @@ def test_an_adapter_that_was_trained_on_is_read_anew(studio, trained):
 def test_a_file_is_read_guessed_and_previewed(page, tmp_path, tiny_folder):
     path = tmp_path / "quiz.csv"
     path.write_text("number,question,answer\n" + "".join(f"{i},Why {i}?,Because <{i}>.\n" for i in range(24)))
-    source, summary, layout, *rest = events(page, "read")[0].fn(str(path), str(tiny_folder))
-    assert (source, layout) == (str(path), "pair")
+    source, summary, note, task, labels, layout, *rest = events(page, "read")[0].fn(str(path), str(tiny_folder))
+    assert (source, layout["value"]) == (str(path), "pair")
+    assert (note, task, labels["visible"]) == ("", "causal", False)
     assert "24 rows, columns number, question, answer." in summary
-    assert [update(c)["value"] for c in rest[:5]] == ["question", "(none)", "answer", "(none)", "(none)"]
+    assert [c["value"] for c in rest[:5]] == ["question", "(none)", "answer", "(none)", "(none)"]
     assert rest[-1]["headers"] == ["number", "question", "answer"]
     assert rest[-1]["data"][1] == ["1", "Why 1?", "Because <1>."] and len(rest[-1]["data"]) == 20
 

