@@ -97,7 +97,7 @@ class Engine:
                 too few cores slow each other down tenfold.
         """
         self._model = model.eval()
-        self._plain = _sharing(model)  # what others are made from; the bank never stands in it
+        self._plain = sharing(model)  # what others are made from; the bank never stands in it
         self._find = find
         self._bank: AdapterBank | None = None
         self._held: dict[Source, _Held] = {}
@@ -382,7 +382,7 @@ class Engine:
         model = self._models.pop(key, None)
         if model is None:
             adapters = [self._held[s].adapter for s in sources]
-            model = _sharing(self._plain)
+            model = sharing(self._plain)
             made = adapters[0] if alone else weighted_sum(of_lora(adapters), [pane.terms.get(s, 0.0) for s in sources])
             if pane.merged and isinstance(made, Baseline):
                 raise only_as_it_is(made, "merged")
@@ -405,7 +405,7 @@ class Engine:
             )
 
 
-def _sharing(model: nn.Module) -> nn.Module:
+def sharing(model: nn.Module) -> nn.Module:
     """Returns the same modules anew, with the same weights."""
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from core import Adapter, LoRAError, eject, merged_copy, row_logits, strength
+from core import Adapter, Baseline, LoRAError, eject, merged_copy, row_logits, strength
 from studio.answers import describe
+from studio.chat import sharing
 from studio.data import DataSpec
 from studio.labelled import cut_labelled, tokenize_labelled
 from studio.mapping import Labelled, RowError, texts_of
-from studio.panes import Pane
+from studio.panes import Pane, only_as_it_is
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ class Verdict:
 class Judge:
     """A model with a head for labels, and the adapters that are put on it one after another."""
 
-    def __init__(self, model: Any, tokenizer: Any, adapter_of: Callable[[str, int], Adapter]) -> None:
+    def __init__(self, model: Any, tokenizer: Any, adapter_of: Callable[[str, int], Adapter | Baseline]) -> None:
         """Takes a base model, its tokenizer, and what returns the adapter of a run at a step (0: as saved last)."""
         self._model, self._tokenizer, self._adapter_of = model, tokenizer, adapter_of
-        self._adapter: Adapter | None = None
+        self._adapter: Adapter | Baseline | None = None
+        self._adapted = model
         self._lock = threading.Lock()
 
     def answer(
@@ -82,19 +84,26 @@ class Judge:
         if pane.rank or pane.plus:
             raise LoRAError("`pane` must be the base or one whole adapter where a model gives labels.")
         if not pane.adapter:
-            if self._adapter is None:
+            if not isinstance(self._adapter, Adapter):
                 yield self._model, describe(self._model, self._model)
                 return
             with strength(self._model, 0.0):  # the base's own head with it
                 yield self._model, describe(self._model, self._model)
             return
         adapter = self._adapter_of(pane.adapter, pane.step)
+        if isinstance(adapter, Baseline) and (pane.merged or pane.strength != 1.0):
+            raise only_as_it_is(adapter, "merged" if pane.merged else f"at strength {pane.strength:g}")
         if adapter is not self._adapter:
-            eject(self._model)
+            if isinstance(self._adapter, Adapter):
+                eject(self._model)
             self._adapter = None
-            adapter.apply(self._model)
-            self._model.eval()
+            self._adapted = sharing(self._model) if isinstance(adapter, Baseline) else self._model
+            adapter.apply(self._adapted)
+            self._adapted.eval()
             self._adapter = adapter
+        if isinstance(adapter, Baseline):
+            yield self._adapted, describe(self._adapted, self._model)
+            return
         with strength(self._model, pane.strength):
             if pane.merged:
                 merged = merged_copy(self._model)

@@ -9,7 +9,21 @@ import gradio as gr
 import pytest
 import torch
 
-from core import Adapter, Evaluated, Finished, LoRAConfig, LoRAError, Started, Step, TrainConfig, inject, lora_layers
+from core import (
+    Adapter,
+    Evaluated,
+    Finished,
+    LoRAConfig,
+    LoRAError,
+    MethodConfig,
+    Started,
+    Step,
+    TrainConfig,
+    apply_method,
+    inject,
+    lora_layers,
+    trained_of,
+)
 from core import trained_in_full as in_full
 from studio import label_page, models, tasks
 from studio.data import DataSpec
@@ -85,6 +99,29 @@ def test_panes_are_the_base_the_adapter_at_its_strength_and_the_merged_model(stu
     assert "strength 1" in words[1] and "no LoRA layer" in words[2] and "strength 0" in words[3]
     again = list(studio.judge(run).answer([Pane()], *texts, spec.data, 16))
     assert again[0].logits == pytest.approx(base, abs=1e-6)
+
+
+def test_what_another_method_trained_is_a_pane_as_it_is_beside_lora_and_the_base(studio, run):
+    spec = dataclasses.replace(run.spec, method=MethodConfig(method="bitfit"))
+    model = models.load_model(spec.model, studio.workspace, head=spec.head)
+    base = model(**studio.tokenizer(spec.model)("it is fine", return_tensors="pt")).logits[0].tolist()
+    apply_method(model, spec.method, spec.lora)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * p.requires_grad)
+        trained = model(**studio.tokenizer(spec.model)("it is fine", return_tensors="pt")).logits[0].tolist()
+    other = Runs(studio.workspace).create(spec)
+    other.tell(Finished(1, "done", 0))
+    trained_of(model, base_model=spec.model).save(other.adapter_folder)
+    judge = studio.judge(run)
+    panes = [Pane(run.id), Pane(other.id), Pane(), Pane(run.id), Pane(other.id)]
+    lora, ours, plain, again, ours_again = list(judge.answer(panes, "it is fine", "", spec.data, 16))
+    assert ours.logits == pytest.approx(trained, abs=1e-5) == ours_again.logits
+    assert plain.logits == pytest.approx(base, abs=1e-5)
+    assert lora.logits == again.logits not in (ours.logits, plain.logits)
+    for pane, why in ((Pane(other.id, merged=True), "merged"), (Pane(other.id, strength=0.5), "at strength 0.5")):
+        with pytest.raises(LoRAError, match=f"must not be {why}: it has no ΔW"):
+            list(judge.answer([pane], "it is fine", "", spec.data, 16))
 
 
 def test_what_a_judge_cannot_do_is_said_in_words(studio, run):
