@@ -142,7 +142,10 @@ def _wire(
         return studio.guard(done)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-    page.load(studio.guard(opened), None, run_id, **quiet)
+    # Gradio tells of no change where the choices come just after the value: so what is shown follows by itself, too.
+    page.load(studio.guard(opened), None, run_id, **quiet).success(
+        studio.guard(show), run_id, [head, *train_tab.controls], queue=False, **quiet
+    )
     gr.on([page.load, train_page.select], studio.guard(train.gpu_choices), None, train_tab.gpus, **quiet)
     last: dict[str, Any] = {"trigger_mode": "always_last"}  # of ticks that follow fast, none is lost
     train_tab.gpus.input(studio.guard(train.device_of), train_tab.gpus, train_tab.device, queue=False, **last, **quiet)
