@@ -45,14 +45,14 @@ class Server:
             stderr=subprocess.STDOUT,
             env=os.environ,
         )
-        for _ in range(600):
+        for _ in range(2400):
             assert self.process.poll() is None, (self.workspace / "server.txt").read_text()
             try:
                 urllib.request.urlopen(self.url + "gradio_api/startup-events", timeout=5).close()
                 return
             except OSError:
                 time.sleep(0.1)
-        raise AssertionError("the server did not answer within a minute")
+        raise AssertionError("the server did not answer within four minutes")
 
     def stop(self):
         self.process.terminate()
@@ -107,5 +107,13 @@ def browser():
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        plain = browser.new_context
+
+        def new_context(**options):
+            context = plain(**options)
+            context.set_default_timeout(120_000)  # milliseconds, on a busy machine
+            return context
+
+        browser.new_context = new_context
         yield browser
         browser.close()

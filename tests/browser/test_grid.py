@@ -10,7 +10,7 @@ from studio.runs import Runs
 from studio.workspace import Workspace
 from tests.browser.test_journey import open_tab
 
-WAIT = 60_000  # milliseconds, on a busy machine
+WAIT = 240_000  # milliseconds, on a busy machine
 
 # In the place of the starter's own tree, one of the size that the test names.
 OF_SIZE = """
