@@ -21,9 +21,9 @@ _FIRST = next(iter(EXPERIMENTS))
 _SOURCE = "starter:restaurants"
 _ENDS = {
     "done": "",
-    "cancelled": "Cancelled: the run that was being trained is saved. Start goes on from there.",
-    "interrupted": "Broken off: the machine or the process went down. Start goes on with what is not done.",
-    "failed": "Failed. Start goes on with what is not done.",
+    "cancelled": "Cancelled: the run that was being trained is saved. “Go on” takes it up from there.",
+    "interrupted": "Broken off: the machine or the process went down. “Go on” does what is not done.",
+    "failed": "Failed. “Go on” does what is not done.",
 }
 
 
@@ -109,24 +109,23 @@ def table(shown: Table) -> str:
 
 def build(studio: Studio) -> None:
     """Draws the section."""
-    with gr.Accordion("The paper's experiments", open=False, elem_id="experiments") as section:
-        with gr.Row():
-            with gr.Column(scale=4, min_width=300):
-                offered = [(f"{e.title} ({e.paper})", e.name) for e in EXPERIMENTS.values()]
-                name = gr.Dropdown(offered, value=_FIRST, label="Experiment", elem_id="experiment")
-                sizes = [(f"{size}: {words}", size) for size, words in SIZES.items()]
-                size = gr.Radio(sizes, value="small", label="Size", elem_id="experiment-size", elem_classes="stacked")
-                with gr.Accordion("Another model or data", open=False):
-                    model = gr.Textbox("", label="Model", info="Empty for the experiment's own.", max_lines=1)
-                    info = "A data set; for labels a folder of GLUE's. Empty for the starter's."
-                    data = gr.Textbox("", label="Data", info=info, max_lines=1)
-                with gr.Row(elem_classes="tight"):
-                    begin = gr.Button("Start", variant="primary", elem_id="experiment-start")
-                    cancel = gr.Button("Cancel", interactive=False, elem_id="experiment-cancel")
-                    file = gr.DownloadButton("Result (Markdown)", interactive=False, elem_id="experiment-file")
-            with gr.Column(scale=7, min_width=300):
-                about = gr.HTML(elem_id="experiment-about")
-                result = gr.HTML(elem_id="experiment-result")
+    with gr.Accordion("The paper's experiments", open=False, elem_id="experiments") as section, gr.Row():
+        with gr.Column(scale=4, min_width=300):
+            offered = [(f"{e.title} ({e.paper})", e.name) for e in EXPERIMENTS.values()]
+            name = gr.Dropdown(offered, value=_FIRST, label="Experiment", elem_id="experiment")
+            sizes = [(f"{size}: {words}", size) for size, words in SIZES.items()]
+            size = gr.Radio(sizes, value="small", label="Size", elem_id="experiment-size", elem_classes="stacked")
+            with gr.Accordion("Another model or data", open=False):
+                model = gr.Textbox("", label="Model", info="Empty for the experiment's own.", max_lines=1)
+                info = "A data set; for labels a folder of GLUE's. Empty for the starter's."
+                data = gr.Textbox("", label="Data", info=info, max_lines=1)
+            with gr.Row(elem_classes="tight"):
+                begin = gr.Button("Start", variant="primary", elem_id="experiment-start")
+                cancel = gr.Button("Cancel", interactive=False, elem_id="experiment-cancel")
+                file = gr.DownloadButton("Result (Markdown)", interactive=False, elem_id="experiment-file")
+        with gr.Column(scale=7, min_width=300):
+            about = gr.HTML(elem_id="experiment-about")
+            result = gr.HTML(elem_id="experiment-result")
     timer = gr.Timer(LOOK_SECONDS, active=False)
     seen = gr.State(())
 
@@ -135,6 +134,9 @@ def build(studio: Studio) -> None:
         named(wanted.name)
         studio.check_places(RunSpec(model=wanted.model or STARTER, data=DataSpec(source=wanted.data or _SOURCE)))
         return Conduct(studio.workspace, wanted)
+
+    def turn(chosen: str) -> tuple[str, str]:
+        return question(named(chosen)), ""  # at once: what it found may take seconds to read
 
     def show(*asked: str) -> tuple[Any, ...]:
         conduct = of(*asked)
@@ -169,7 +171,8 @@ def build(studio: Studio) -> None:
     private: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
     last: dict[str, Any] = {"trigger_mode": "always_last"}
     changed = [section.expand, name.change, size.change, model.submit, data.submit, model.blur, data.blur]
-    gr.on(changed, studio.guard(show), inputs, outputs, **last, **private)
+    first = gr.on(changed, studio.guard(turn), name, [about, result], queue=False, **last, **private)
+    first.then(studio.guard(show), inputs, outputs, **private)
     timer.tick(studio.guard(watch), [seen, *inputs], outputs, **private)
     begin.click(studio.guard(started), inputs, outputs, **private | {"show_progress": "minimal"})
     cancel.click(studio.guard(ended), inputs, outputs, **private)
