@@ -123,9 +123,9 @@ def _tell_subspaces(asked: Asked, records: Mapping[str, Record]) -> Result:
     def draw() -> "Plot":
         from studio.figures import similarity_figure
 
-        panels = {f"ranks, {name}": table for name, table in q["ranks"].items()}
-        panels |= {f"seeds, {name}": table for name, table in q["seeds"].items()}
-        title = f"φ of A: ranks {_LOW} and {_HIGH}; two seeds"
+        panels = dict(q["ranks"]) | {f"seeds W_{letter}": of["seeds"]["trained"] for letter, of in (("q", q), ("v", v))}
+        panels["by chance"] = q["seeds"]["chance"]
+        title = f"φ of A: W_q at ranks {_LOW} and {_HIGH}; two seeds of {_HIGH}"
         return similarity_figure(panels, first="the one", second="the other", title=title)
 
     return Result([Table(f"Directions in common, {q['path']} and {v['path']}", head, rows)], findings, draw)

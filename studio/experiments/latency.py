@@ -143,6 +143,7 @@ def _tell(asked: Asked, records: Mapping[str, Record]) -> Result:
     for cell in _CELLS[asked.size]:
         found = records.get(cell.name)
         cells = [f"{found['ms'][name]:.1f} ({found['over'][name]:+.1%})" if found else "" for name in _VARIANTS]
+        cells[0] = cells[0].partition(" ")[0]
         rows.append([cell.name, *cells])
     paper = [
         [f"{c.batch} × {c.tokens}, {size}", f"{base}", f"{lin} ({lin / base - 1:+.1%})", f"{h} ({h / base - 1:+.1%})"]

@@ -57,7 +57,7 @@ def look(conduct: Conduct) -> View:
         notes = [line["note"] for line in conduct.lines() if "note" in line]
         lines.append(theme.progress(done, of, "pieces are done"))
         lines.append(f'<p class="sub-line">{escape(notes[-1] if notes else "Starting")} …</p>')
-    elif done or status not in ("", "done"):
+    elif 0 < done < of or status not in ("", "done"):
         problem = [line["problem"] for line in conduct.lines()[-1:] if "problem" in line]
         words = [*filter(None, [_ENDS.get(status, "")]), *problem, f"{done} of {of} pieces are done."]
         lines.append(theme.said(words, {"done": "good", "failed": "error"}.get(status, "warn")))
@@ -71,9 +71,9 @@ def look(conduct: Conduct) -> View:
     return View("".join(lines), told(conduct.experiment, result), status, conduct.markdown())
 
 
-def mark(conduct: Conduct) -> tuple[str, int]:
-    """Returns what changes whenever there is something new to be seen: cheap, where `look` is not."""
-    return conduct.status, len(conduct.lines())
+def mark(conduct: Conduct) -> tuple[str, str, int]:
+    """Returns what changes whenever there is something else to be seen: cheap, where `look` is not."""
+    return conduct.wanted.key, conduct.status, len(conduct.lines())
 
 
 def question(experiment: Experiment) -> str:
@@ -86,7 +86,7 @@ def told(experiment: Experiment, result: Result) -> str:
     """Returns HTML of what was found: findings, figure, tables, and what differs from the paper."""
     from studio.svg import to_svg  # which brings matplotlib: it is not needed to serve the page
 
-    parts = [theme.said(list(result.findings), "good")] if result.findings else []
+    parts = [theme.said(list(result.findings))] if result.findings else []
     if result.figure is not None:
         parts.append(f'<div class="figure">{to_svg(result.figure(), experiment.title)}</div>')
     parts += [table(each) for each in result.tables if each.rows]
@@ -155,7 +155,7 @@ def build(studio: Studio) -> None:
             mark(conduct),
         )
 
-    def watch(before: tuple[str, int], *asked: str) -> Any:
+    def watch(before: tuple[str, str, int], *asked: str) -> Any:
         return gr.skip() if mark(of(*asked)) == tuple(before) else show(*asked)
 
     def started(*asked: str) -> tuple[Any, ...]:
@@ -172,7 +172,9 @@ def build(studio: Studio) -> None:
     last: dict[str, Any] = {"trigger_mode": "always_last"}
     changed = [section.expand, name.change, size.change, model.submit, data.submit, model.blur, data.blur]
     first = gr.on(changed, studio.guard(turn), name, [about, result], queue=False, **last, **private)
-    first.then(studio.guard(show), inputs, outputs, **private)
+    shown = first.then(studio.guard(show), inputs, outputs, **private)
+    # A slow one may end after one that was chosen later: what is shown is made that of the choice.
+    shown.then(studio.guard(watch), [seen, *inputs], outputs, **private)
     timer.tick(studio.guard(watch), [seen, *inputs], outputs, **private)
     begin.click(studio.guard(started), inputs, outputs, **private | {"show_progress": "minimal"})
     cancel.click(studio.guard(ended), inputs, outputs, **private)
