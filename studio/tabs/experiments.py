@@ -176,5 +176,6 @@ def build(studio: Studio) -> None:
     # A slow one may end after one that was chosen later: what is shown is made that of the choice.
     shown.then(studio.guard(watch), [seen, *inputs], outputs, **private)
     timer.tick(studio.guard(watch), [seen, *inputs], outputs, **private)
-    begin.click(studio.guard(started), inputs, outputs, **private | {"show_progress": "minimal"})
+    slow: dict[str, Any] = private | {"show_progress": "minimal"}
+    begin.click(studio.guard(started), inputs, outputs, **slow)
     cancel.click(studio.guard(ended), inputs, outputs, **private)

@@ -192,7 +192,7 @@ def test_the_result_says_how_much_is_done_and_keeps_its_table_whole(two):
     conduct, _ = two
     pieces = conduct.pieces()
     assert "0 of 2 pieces are done." in conduct.markdown()
-    [*conduct.go()]
+    list(conduct.go())
     text = (conduct.folder / "result.md").read_text()
     assert "pieces are done" not in text and "| a \\| b | 1 |" in text and "all of it." in text
     assert conduct.result()[1:] == (2, len(pieces))
@@ -211,7 +211,7 @@ def fill(conduct: Conduct) -> None:
 @pytest.mark.slow
 def test_the_paper_s_counts_come_from_the_shapes_alone(workspace):
     conduct = Conduct(workspace, Asked("costs", "tiny"))
-    [*conduct.go()]
+    list(conduct.go())
     assert conduct.records(conduct.pieces())["RoBERTa base"]["trained"] == 294_912  # science.md, 1.6
 
 
@@ -230,7 +230,7 @@ def test_a_record_counts_as_long_as_the_run_that_it_names_is_there(two, write_ru
     run = write_run([Finished(1, "done", 1)])
     piece = Piece("c", lambda found: {"run": run.id, "value": 1})
     monkeypatch.setitem(EXPERIMENTS, "two", replace(conduct.experiment, pieces=lambda asked, workspace: [piece]))
-    [*conduct.go()]
+    list(conduct.go())
     assert conduct.record(piece) == {"run": run.id, "value": 1}
     Runs(conduct.workspace).delete(run)
     assert conduct.record(piece) is None
@@ -279,7 +279,7 @@ def test_an_experiment_whose_run_failed_says_why(workspace, write_run, ask, monk
     resumed = []
     monkeypatch.setattr(conducting.jobs, "resume", lambda runs, run: resumed.append(run.id))
     with pytest.raises(LoRAError, match="did not finish: It has no rows. Start the experiment again to go on"):
-        [*conduct.go()]
+        list(conduct.go())
     assert resumed == [run.id]
 
 
@@ -302,7 +302,7 @@ def test_the_page_teaches_when_nothing_is_done_and_escapes_what_it_shows(two):
     conduct, _ = two
     empty = tab.look(conduct)
     assert "it has 2 pieces" in empty.result and "Start" in empty.result and not empty.markdown and not empty.status
-    [*conduct.go()]
+    list(conduct.go())
     conduct.folder.joinpath("job.json").write_text("{}")
     conduct.say({"end": "failed", "problem": "<script>"})
     seen = tab.look(conduct)
@@ -344,9 +344,20 @@ def until(condition: Callable[[], Any], seconds: float = 300) -> None:
         time.sleep(0.05)
 
 
+@pytest.fixture
+def wide_folder(tiny_folder, tmp_path):
+    """The tiny model with matrices of 64 rows and more, so that r = 64 fits them."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(tiny_folder, hidden_size=128, head_dim=32)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
 @pytest.mark.slow
-def test_cancelled_in_the_middle_it_pauses_its_run_and_goes_on_from_there_to_the_end(workspace, ask):
-    asked = ask("subspaces", "tiny")
+def test_cancelled_in_the_middle_it_pauses_its_run_and_goes_on_from_there_to_the_end(workspace, wide_folder):
+    asked = Asked("subspaces", "tiny", str(wide_folder))
     conduct, runs = start(workspace, asked), Runs(workspace)
     first, second, *_ = conduct.pieces()
     assert first.spec is not None and second.spec is not None
@@ -368,6 +379,9 @@ def test_cancelled_in_the_middle_it_pauses_its_run_and_goes_on_from_there_to_the
     after = {file.name: file.stat().st_mtime_ns for file in (conduct.folder / "pieces").iterdir()}
     assert kept.items() <= after.items() and len(after) == 4
     assert sorted(run.status for run in runs.list()) == ["finished"] * 3  # the paused one was taken up, not made anew
+    found = conduct.records(conduct.pieces())["similarity"]["q_proj"]
+    assert np.shape(found["ranks"]["trained"]) == (8, 64) and np.shape(found["seeds"]["step 0"]) == (64, 64)
+    assert len(found["first"]) == 2 and 0 <= found["first"][0] <= 1
     assert "(figure.svg)" in (conduct.folder / "result.md").read_text() and (conduct.folder / "figure.png").is_file()
 
 
@@ -379,10 +393,10 @@ def test_the_runs_of_labels_are_found_again_with_the_head_that_starting_them_add
     first = replace(conduct.experiment, pieces=lambda asked, workspace: whole(asked, workspace)[:1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(EXPERIMENTS, "labels", first)
-        [*conduct.go()]
+        list(conduct.go())
         [piece] = conduct.pieces()
         conduct._file(piece).unlink()
-        [*conduct.go()]
+        list(conduct.go())
         record = conduct.record(piece)
     assert record is not None and 0 <= record["accuracy"] <= 1
     assert len(Runs(workspace).list()) == 1
