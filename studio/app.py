@@ -22,7 +22,7 @@ from studio.remedies import remedies
 from studio.runs import Run
 from studio.specs import RunSpec
 from studio.state import Studio
-from studio.tabs import chat, data, forecast, home, labels, model, runs, spectrum, train
+from studio.tabs import chat, data, experiments, forecast, home, labels, model, runs, spectrum, train
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -59,6 +59,7 @@ def build(studio: Studio) -> gr.Blocks:
                 labels.build(studio, run_id, chat_tab.select, talk)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs.build(studio, run_id, runs_tab.select, tabs)
+                experiments.build(studio)
             with gr.Tab("Take home", id="home") as home_tab:
                 home.build(studio, run_id, home_tab.select, runs.picker, [tabs, *pair.outputs], pair.show)
         _wire(studio, page, head, run_id, model_tab, data_tab, train_tab, train_page)

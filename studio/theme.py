@@ -176,6 +176,9 @@ table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600;
 .steps {{ margin: .4rem 0 0 1.2rem; padding: 0; font-size: .9rem; list-style: decimal; }}
 .steps li {{ color: var(--body-text-color-subdued); margin: .1rem 0; }}
 .steps li[aria-current] {{ color: var(--body-text-color); }}
+#experiment-about p {{ margin: 0 0 .5rem; }} #experiment-about .sub-line {{ white-space: nowrap; }}
+#experiment-result > div > div > * {{ margin-bottom: 1rem; }} #experiment-result h4 {{ margin-bottom: .3rem; }}
+#experiment-result td:not(:first-child) {{ white-space: nowrap; }}
 .download a {{ font-weight: 600; color: var(--adapted); overflow-wrap: anywhere; }}
 #fit-row {{ align-items: flex-end; gap: .5rem; }}
 #fit-row > button {{ flex: 0 1 auto; }}

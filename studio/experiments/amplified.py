@@ -1,15 +1,15 @@
 """Do ranks and seeds share directions, and does ΔW amplify what W has: the paper's figures 3 and 4, and its Table 7."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from core import Adapter, Factors, LoRAConfig, amplification, basis_of, subspace_similarity
+from core import Adapter, Factors, LoRAConfig, LoRAError, amplification, basis_of, subspace_similarity
 from studio.comparing import panels, start
-from studio.experiments.base import Asked, Experiment, Found, Piece, Record, Result, Table
-from studio.experiments.runs import QUERY_VALUE, of_text
+from studio.experiments.base import Asked, Experiment, Found, Piece, Record, Result, Table, as_paper
+from studio.experiments.runs import QUERY_VALUE, of_text, run_of
 from studio.opened import read_matrix
 from studio.runs import Run, Runs
 from studio.workspace import Workspace
@@ -33,10 +33,16 @@ def _where(found: Found) -> Record:
     return {"run": found.run.id}
 
 
+def _layers(paths: Iterable[str], kind: str) -> list[str]:
+    """Returns the paths of that matrix, from the first layer to the last."""
+    found = [path for path in paths if path.endswith(kind)]
+    return sorted(found, key=lambda path: int(re.findall(r"\d+", path)[0]))
+
+
 def _middle(adapter: Adapter, kind: str) -> str:
     """Returns the path of that matrix in the middle layer, as the paper takes layer 48 of 96."""
-    paths = [path for path in adapter.factors if path.endswith(kind)]
-    return sorted(paths, key=lambda path: int(re.findall(r"\d+", path)[0]))[len(paths) // 2]
+    paths = _layers(adapter.factors, kind)
+    return paths[len(paths) // 2]
 
 
 def _subspaces(asked: Asked, workspace: Workspace) -> list[Piece]:
@@ -46,7 +52,11 @@ def _subspaces(asked: Asked, workspace: Workspace) -> list[Piece]:
 
 
 def _run_of(piece: Piece, workspace: Workspace) -> Run:
-    return next(run for run in Runs(workspace).list() if run.spec == piece.spec)
+    assert piece.spec is not None
+    run = run_of(Runs(workspace), piece.spec)
+    if run is None:
+        raise LoRAError(f"The run “{piece.spec.name}” was deleted; start the experiment again to train it anew.")
+    return run
 
 
 def _similarity(trained: list[Piece], found: Found) -> Record:
@@ -61,7 +71,7 @@ def _similarity(trained: list[Piece], found: Found) -> Record:
             "path": path,
             "ranks": {name: table.tolist() for name, table in pair.items()},
             "seeds": {name: table.tolist() for name, table in seeds.items()},
-            "first": [_first(low.factors[p], high.factors[p]) for p in low.factors if p.endswith(kind)],
+            "first": [_first(low.factors[path], high.factors[path]) for path in _layers(low.factors, kind)],
         }
     return told
 
@@ -78,65 +88,47 @@ def _first(one: Factors, other: Factors) -> float:
 
 
 def _tell_subspaces(asked: Asked, records: Mapping[str, Record]) -> Result:
-    found = records.get("similarity")
     head = ["", "W_q", "W_v", "Chance", "Paper, layer 48"]
-    if found is None:
+    if "similarity" not in records:
         return Result([Table("Directions in common", head, [])])
-    q, v = (found[kind] for kind in _KINDS)
+    q, v = (records["similarity"][kind] for kind in _KINDS)
+    few, many = len(q["ranks"]["trained"]), min(np.shape(q["seeds"]["trained"]))
 
-    def phi(what: str, panel: str, i: int, j: int) -> list[str]:
-        return [f"{np.array(each[what][panel])[i - 1, j - 1]:.3f}" for each in (q, v)]
+    def phi(of: Record, what: str, panel: str, i: int, j: int) -> float:
+        return float(np.array(of[what][panel])[i - 1, j - 1])
 
-    least = min(np.array(q["seeds"]["trained"]).shape[0], 64)
-    rows = [
-        [
-            f"φ(1, 1) of A, r = {_LOW} against {_HIGH}, after training",
-            *phi("ranks", "trained", 1, 1),
-            *phi("ranks", "chance", 1, 1)[:1],
-            "> 0.5",
-        ],
-        ["the same before training", *phi("ranks", "step 0", 1, 1), "", ""],
-        [
-            f"φ(8, 64) of A, r = {_LOW} against {_HIGH}",
-            *phi("ranks", "trained", _LOW, _HIGH),
-            *phi("ranks", "chance", _LOW, _HIGH)[:1],
-            "fig. 3",
-        ],
-        [
-            f"φ({least}, {least}) of A, two seeds of r = {_HIGH}",
-            *phi("seeds", "trained", least, least),
-            *phi("seeds", "chance", least, least)[:1],
-            "fig. 4",
-        ],
-        [
-            "φ(1, 1) of ΔW's right directions, median over layers",
-            *(f"{np.median(each['first']):.3f}" for each in (q, v)),
-            "",
-            "",
-        ],
-    ]
-    one = float(np.array(q["ranks"]["trained"])[0, 0])
-    seeds = {kind: float(np.array(found[kind]["seeds"]["trained"])[least - 1, least - 1]) for kind in _KINDS}
+    def row(words: str, what: str, panel: str, i: int, j: int, paper: str) -> list[str]:
+        chance = f"{phi(q, what, 'chance', i, j):.3f}"
+        return [f"φ({i}, {j}) of A, {words}", *(f"{phi(of, what, panel, i, j):.3f}" for of in (q, v)), chance, paper]
+
+    ranks, seeds = f"r = {_LOW} against {_HIGH}", f"two seeds of r = {_HIGH}"
+    rows = [row(f"{ranks}, after training", "ranks", "trained", 1, 1, "> 0.5")]
+    if "step 0" in q["ranks"]:
+        rows.append(row("the same before training", "ranks", "step 0", 1, 1, ""))
+    rows.append(row(ranks, "ranks", "trained", few, many, "fig. 3"))
+    rows.append(row(seeds, "seeds", "trained", many, many, "fig. 4"))
+    medians = [f"{np.median(of['first']):.3f}" for of in (q, v)]
+    rows.append(["φ(1, 1) of ΔW's right directions, median over layers", *medians, "", ""])
+    one = phi(q, "ranks", "trained", 1, 1)
+    of_q, of_v = (phi(of, "seeds", "trained", many, many) for of in (q, v))
     findings = [
-        f"The top direction of A at r = {_LOW} lies in the one at r = {_HIGH} to {one:.2f} in W_q"
-        + (
-            ": as in the paper, above a half." if one > 0.5 else "; the paper has above a half after its full training."
-        ),
-        f"Two seeds share {seeds['q_proj']:.3f} of W_q's subspace and {seeds['v_proj']:.3f} of W_v's; the paper "
-        "finds more in "
-        "W_q than in W_v.",
+        f"W_q's top direction of A at r = {_LOW} and the one at r = {_HIGH} have φ(1, 1) = {one:.2f}"
+        + as_paper(one > 0.5, "the paper has above a half after its full training"),
+        f"Two seeds share {of_q:.3f} of W_q's subspace and {of_v:.3f} of W_v's, where chance is "
+        f"{phi(q, 'seeds', 'chance', many, many):.3f}"
+        + (": W_q's more" if of_q > of_v else "")
+        + as_paper(of_q > of_v, "the paper finds more in W_q than in W_v"),
     ]
 
     def draw() -> "Plot":
         from studio.figures import similarity_figure
 
-        tables = {f"{name[2:] if 0 else name}": np.array(table) for name, table in q["ranks"].items()}
-        tables |= {f"seeds: {name}": np.array(table) for name, table in q["seeds"].items()}
-        return similarity_figure(
-            tables, first=f"r = {_LOW}, or a seed", second=f"r = {_HIGH}, or another", title=f"φ of A, {q['path']}"
-        )
+        panels = dict(q["ranks"]) | {f"seeds W_{letter}": of["seeds"]["trained"] for letter, of in (("q", q), ("v", v))}
+        panels["by chance"] = q["seeds"]["chance"]
+        title = f"φ of A: W_q at ranks {_LOW} and {_HIGH}; two seeds of {_HIGH}"
+        return similarity_figure(panels, first="the one", second="the other", title=title)
 
-    return Result([Table("Directions in common", head, rows)], findings, draw)
+    return Result([Table(f"Directions in common, {q['path']} and {v['path']}", head, rows)], findings, draw)
 
 
 def _amplified(asked: Asked, workspace: Workspace) -> list[Piece]:
@@ -151,7 +143,7 @@ def _table_7(trained: list[Piece], found: Found) -> Record:
         run = _run_of(piece, found.workspace)
         adapter = Adapter.load(run.adapter_folder)
         told[str(r)] = {}
-        for path in (p for p in adapter.factors if p.endswith("q_proj")):
+        for path in _layers(adapter.factors, "q_proj"):
             W = read_matrix(run.spec.model, found.workspace, path)
             columns = {d: amplification(adapter.factors[path], W, directions=d) for d in ("delta", "weight", "random")}
             told[str(r)][path] = {
@@ -175,65 +167,56 @@ _PAPER_7 = {"4": (0.32, 21.67, 0.02, 6.91, 21.5), "64": (1.90, 37.71, 0.33, 3.57
 
 def _tell_amplified(asked: Asked, records: Mapping[str, Record]) -> Result:
     head = ["", "‖UᵀWV‖: ΔW", "W", "random", "‖ΔW‖", "Factor", "Enrichment"]
+    title = "Table 7, for the query of the middle layer"
     found = records.get("table 7")
     if found is None:
-        return Result([Table("Table 7", head, [])])
-    rows, findings = [], []
+        return Result([Table(title, head, [])])
+    rows, findings, lines = [], [], dict[str, list[float]]()
     for r, (delta, weight, random, norm, factor) in _PAPER_7.items():
-        of_layers = [c for c in found[r].values() if "delta" in c]
-        middle = found[r][found[f"middle {r}"]]
-        if "delta" in middle:
+        name = found[f"middle {r}"]
+        if middle := found[r][name]:
+            projected = [f"{middle[directions]['projected']:.3f}" for directions in ("delta", "weight", "random")]
             d = middle["delta"]
-            values = [middle[k]["projected"] for k in ("delta", "weight", "random")]
             rows.append(
-                [
-                    f"r = {r}, {found[f'middle {r}']}",
-                    *(f"{v:.3f}" for v in values),
-                    f"{d['delta']:.3f}",
-                    f"{d['factor']:.2f}",
-                    f"{d['enrichment']:.2f}",
-                ]
+                [f"r = {r}, {name}", *projected, f"{d['delta']:.3f}", f"{d['factor']:.2f}", f"{d['enrichment']:.2f}"]
             )
-        rows.append(
-            [
-                f"paper: r = {r}, W_q of layer 48",
-                f"{delta}",
-                f"{weight}",
-                f"{random}",
-                f"{norm}",
-                f"{factor}",
-                f"{delta / random:.1f}",
-            ]
-        )
-        if of_layers:
-            median = float(np.median([c["delta"]["enrichment"] for c in of_layers]))
-            high = sum(c["delta"]["enrichment"] > c["random"]["enrichment"] for c in of_layers)
-            findings.append(
-                f"r = {r}: over all layers the median enrichment is {median:.2f}; ΔW's directions hold more of W "
-                "than random "
-                f"ones in {high} of {len(of_layers)}. A random ΔW of the same norm would have a factor of "
-                f"{np.median([c['delta']['null_factor'] for c in of_layers]):.2f} (median)."
-            )
+        paper = map(str, (delta, weight, random, norm, factor))
+        rows.append([f"paper: r = {r}, W_q of layer 48", *paper, f"{delta / random:.1f}"])
+        if layers := [columns for columns in found[r].values() if columns]:
+            lines[f"r = {r}"] = [columns["delta"]["enrichment"] for columns in layers]
+            findings.append(_enriched(r, layers))
 
     def draw() -> "Plot":
         from studio.figures import lines_figure
 
-        lines = {f"r = {r}": [c["delta"]["enrichment"] for c in found[r].values() if "delta" in c] for r in _PAPER_7}
         number = min(map(len, lines.values()))
         return lines_figure(
             range(number),
-            {k: v[:number] for k, v in lines.items()},
-            title="Enrichment of W_q in ΔW's directions",
+            {name: values[:number] for name, values in lines.items()},
+            title="W_q in ΔW's directions",
             x_label="layer",
-            y_label="× chance",
+            y_label="enrichment, × chance",
             level=(1.0, "chance"),
         )
 
-    return Result([Table("Table 7, for the query of the middle layer", head, rows)], findings, draw)
+    return Result([Table(title, head, rows)], findings, draw if lines else None)
+
+
+def _enriched(r: str, layers: list[Record]) -> str:
+    median = np.median([columns["delta"]["enrichment"] for columns in layers])
+    null = np.median([columns["delta"]["null_factor"] for columns in layers])
+    factor = np.median([columns["delta"]["factor"] for columns in layers])
+    more = sum(columns["delta"]["enrichment"] > columns["random"]["enrichment"] for columns in layers)
+    delta, _, random, *_ = _PAPER_7[r]
+    return (
+        f"r = {r}: ΔW's directions hold more of W than random ones in {more} of {len(layers)} layers, at the median "
+        f"{median:.2f} times chance (the paper's layer: {delta / random:.1f}). The median factor is {factor:.2f}; "
+        f"of a random ΔW of the same norm it would be {null:.2f}."
+    )
 
 
 _DIFFERS = (
-    "a model of 135 M parameters after hundreds of steps in place of GPT-3 after its full training; facts to text; "
+    "the starter of 135 M parameters in place of GPT-3 after its full training; facts to text; "
     "different seeds for different ranks, since with one seed the rows of the smaller A are those of the larger one."
 )
 

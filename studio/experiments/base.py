@@ -19,11 +19,12 @@ Size = Literal["tiny", "small", "paper"]
 SIZES: dict[Size, str] = {
     "tiny": "a few minutes: does it run?",
     "small": "at most an hour on two cores: the default",
-    "paper": "the paper's own models, steps and grids, for those with the hardware",
+    "paper": "the paper's steps, batches and grids, for those with the hardware; name its model and data besides",
 }
 
 Record = dict[str, Any]
-"""What a piece found, as JSON can hold it."""
+"""What a piece found, as JSON can hold it. Where it has a `run`, further pieces need that run: without it the piece is
+not done."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,10 @@ class Asked:
     @property
     def key(self) -> str:
         """Its name among all that were asked for."""
-        own = json.dumps([self.model, self.data])
-        return f"{self.name}-{self.size}" + (
-            f"-{hashlib.sha256(own.encode()).hexdigest()[:8]}" if own != '["", ""]' else ""
-        )
+        key = f"{self.name}-{self.size}"
+        if not self.model and not self.data:
+            return key
+        return f"{key}-{hashlib.sha256(json.dumps([self.model, self.data]).encode()).hexdigest()[:8]}"
 
 
 class Found(NamedTuple):
@@ -120,7 +121,7 @@ class Result:
 
     Attributes:
         tables: The paper's values beside ours.
-        findings: What agrees with the paper and what does not, a sentence each, from the numbers.
+        findings: What agrees with the paper and what does not, a sentence each, computed from the numbers.
         figure: Draws it; None while there is nothing to draw.
     """
 
@@ -158,6 +159,11 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
         return ""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def as_paper(agrees: bool, otherwise: str) -> str:
+    """Returns the end of a sentence: that the paper has the same, or what it has instead."""
+    return ", as in the paper." if agrees else f"; {otherwise}."
 
 
 def by_seed(records: Mapping[str, Record], key: str, name: str) -> list[float]:

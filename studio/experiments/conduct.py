@@ -1,7 +1,8 @@
 """An experiment that goes on behind the page: its pieces one after another, each kept as soon as it is done.
 
 Beside what all background work has, its folder holds `pieces/KEY.json`, what each piece found, and once all are done
-`result.md`. Interrupted, it goes on with the first piece that is not there; a run that was broken off is resumed.
+`result.md` with its figure as `figure.svg` and `figure.png`. Interrupted, it goes on with the first piece that is not
+there; a run that was broken off is resumed.
 """
 
 import json
@@ -11,13 +12,16 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from core import Failed, LoRAError, read_json
+from core import Failed, LoRAError, quoted, read_json
 from studio import background, jobs
 from studio.experiments.base import Asked, Experiment, Found, Piece, Record, Result
+from studio.experiments.runs import run_of
 from studio.runs import Run, Runs
 from studio.workspace import Workspace, write_whole
 
 POLL_SECONDS = 0.5
+_GOING = ("running", "queued")
+_RESULT, _FIGURES = "result.md", ("figure.svg", "figure.png")
 
 
 class Conduct(background.Background):
@@ -48,12 +52,15 @@ class Conduct(background.Background):
         return self.experiment.pieces(self.wanted, self.workspace)
 
     def record(self, piece: Piece) -> Record | None:
-        """Returns what a piece found; None while it is not done, or was done with other settings."""
+        """Returns what a piece found; None while it is not done, was done with other settings, or cannot be read."""
         try:
             kept = read_json(self._file(piece))
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
-        return kept["found"] if kept["digest"] == piece.digest else None
+        found = kept.get("found") if isinstance(kept, dict) and kept.get("digest") == piece.digest else None
+        if not isinstance(found, dict) or ("run" in found and not (self.workspace.runs / str(found["run"])).is_dir()):
+            return None
+        return found
 
     def records(self, pieces: list[Piece]) -> Mapping[str, Record]:
         """Returns key → what was found, of the pieces that are done."""
@@ -67,16 +74,24 @@ class Conduct(background.Background):
         return self.experiment.tell(self.wanted, records), len(records), len(pieces)
 
     def cancel(self, patience_seconds: float = 10.0) -> None:
-        """Ends it, and has the run that it trains save itself and end, too."""
+        """Ends it, and has the run that it trains save itself and pause, too; started again, it goes on from there.
+
+        Raises:
+            LoRAError: It could not be ended in time, or the model or the data cannot be read any more.
+        """
         super().cancel(patience_seconds)
         runs = Runs(self.workspace)
-        wanted = [piece.spec for piece in self.pieces() if piece.spec]
-        for run in runs.list():
-            if run.status in ("running", "queued") and run.spec in wanted:
-                if run.status == "queued":
-                    jobs.cancel(runs, run)
-                else:
-                    run.ask_to_stop("paused")
+        for piece in self.pieces():
+            run = run_of(runs, piece.spec) if piece.spec else None
+            if run is not None and run.status == "queued":
+                jobs.cancel(runs, run)
+            elif run is not None and run.status == "running":
+                run.ask_to_stop("paused")
+
+    def clear(self) -> None:
+        """Takes away what was told of an earlier time; what the pieces found is kept."""
+        for name in (_RESULT, *_FIGURES):
+            (self.folder / name).unlink(missing_ok=True)
 
     def go(self) -> Iterator[background.Line]:
         """Does what is not done yet, and says what it does.
@@ -94,18 +109,27 @@ class Conduct(background.Background):
             run = (yield from _trained(piece, runs)) if piece.spec else None
             found = piece.measure(Found(self.workspace, run))
             write_whole(self._file(piece), json.dumps({"digest": piece.digest, "found": found}).encode())
-        write_whole(self.folder / "result.md", self.markdown().encode())
+        self._tell()
+
+    def _tell(self) -> None:
+        from studio.svg import save_figure  # which brings matplotlib
+
+        result, *_ = self.result()
+        if result.figure is not None:
+            figure = result.figure()
+            for name in _FIGURES:
+                save_figure(figure, self.folder / name)
+        write_whole(self.folder / _RESULT, self.markdown().encode())
 
     def markdown(self) -> str:
         """Returns what was found as Markdown, with what differs from the paper."""
         result, done, of = self.result()
         e = self.experiment
         unfinished = [f"{done} of {of} pieces are done."] if done < of else []
-        lines = [f"## {e.title} ({e.paper})", e.question, *(t.markdown() for t in result.tables)]
-        lines += ["\n".join(f"- {line}" for line in [*result.findings, *unfinished])] * bool(
-            result.findings or unfinished
-        )
-        return "\n\n".join([*lines, f"What differs from the paper: {e.differs}"]) + "\n"
+        findings = "\n".join(f"- {line}" for line in [*result.findings, *unfinished])
+        figure = f"![{e.title}]({_FIGURES[0]})" if (self.folder / _FIGURES[0]).is_file() else ""
+        parts = [f"## {e.title} ({e.paper})", e.question, *(t.markdown() for t in result.tables), findings, figure]
+        return "\n\n".join([*filter(None, parts), f"What differs from the paper: {e.differs}"]) + "\n"
 
     def _file(self, piece: Piece) -> Path:
         return self.folder / "pieces" / (re.sub(r"[^\w.,=-]+", "_", piece.key) + ".json")
@@ -114,12 +138,12 @@ class Conduct(background.Background):
 def _trained(piece: Piece, runs: Runs) -> Generator[background.Line, None, Run]:
     """Trains the run of a piece, or takes up or takes the one that is there; returns it."""
     assert piece.spec is not None
-    run = next((r for r in runs.list() if _is_of(r, piece)), None)
-    if run is None:
-        run = jobs.start(runs, piece.spec)
-    elif run.status not in ("running", "queued", "finished"):
+    run = run_of(runs, piece.spec) or jobs.start(runs, piece.spec)
+    while run.status == "running" and run.stop_asked:  # this experiment was cancelled a moment ago
+        time.sleep(POLL_SECONDS)
+    if run.status not in (*_GOING, "finished"):
         jobs.resume(runs, run)
-    while run.status in ("running", "queued"):
+    while run.status in _GOING:
         time.sleep(POLL_SECONDS)
     run.note_killed()
     if run.status != "finished":
@@ -132,13 +156,6 @@ def _trained(piece: Piece, runs: Runs) -> Generator[background.Line, None, Run]:
     return run
 
 
-def _is_of(run: Run, piece: Piece) -> bool:
-    try:
-        return run.spec == piece.spec
-    except LoRAError:  # a damaged one, which others say
-        return False
-
-
 def named(name: str) -> Experiment:
     """Returns an experiment by its name.
 
@@ -148,7 +165,7 @@ def named(name: str) -> Experiment:
     from studio.experiments.registry import EXPERIMENTS
 
     if name not in EXPERIMENTS:
-        raise LoRAError(f"`experiment` (={name!r}) must be one of {', '.join(EXPERIMENTS)}.")
+        raise LoRAError(f"`experiment` (={quoted(name)}) must be one of {', '.join(EXPERIMENTS)}.")
     return EXPERIMENTS[name]
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core import LoRAConfig, TrainConfig
 from studio.data import DataSpec
@@ -10,6 +10,9 @@ from studio.experiments.base import Asked, Experiment, Found, Piece, Record, Res
 from studio.planner import Planner
 from studio.specs import RunSpec
 from studio.workspace import Workspace, write_whole
+
+if TYPE_CHECKING:
+    from studio.figures.style import Plot
 
 
 def _roberta(width: int, layers: int) -> dict[str, Any]:
@@ -57,7 +60,7 @@ _DEBERTA = {
 _LARGEST = "GPT-3 175B"
 _SLICES = ("c_attn.q", "c_attn.v")
 
-MODELS: Mapping[str, tuple[dict[str, Any], tuple[str, ...], int, int, int, float]] = {
+_MODELS: Mapping[str, tuple[dict[str, Any], tuple[str, ...], int, int, int, float]] = {
     "RoBERTa base": (_roberta(768, 12), ("query", "value"), 8, 16, 512, 0.3e6),
     "RoBERTa large": (_roberta(1024, 24), ("query", "value"), 8, 4, 128, 0.8e6),
     "DeBERTa XXL": (_DEBERTA, ("query_proj", "value_proj"), 16, 8, 128, 4.7e6),
@@ -69,28 +72,25 @@ MODELS: Mapping[str, tuple[dict[str, Any], tuple[str, ...], int, int, int, float
 
 
 def _pieces(asked: Asked, workspace: Workspace) -> list[Piece]:
-    names = [name for name in MODELS if asked.size != "tiny" or name == "RoBERTa base"]
+    names = [name for name in _MODELS if asked.size != "tiny" or name == "RoBERTa base"]
     return [
-        Piece(name, lambda found, name=name: _cost(name, found), settings={"of": _settings(name)}) for name in names
+        Piece(
+            name,
+            lambda found, name=name: _cost(name, found),
+            settings={"config": _MODELS[name][0], "spec": _spec(name, name).to_dict()},
+        )
+        for name in names
     ]
 
 
-def _settings(name: str) -> list[Any]:
-    config, targets, *rest = MODELS[name]
-    return [config, list(targets), *rest]
-
-
-def _cost(name: str, found: Found) -> Record:
-    config, targets, r, batch, tokens, _ = MODELS[name]
-    folder = found.workspace.cache / "shapes" / name.replace(" ", "-").lower()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.json", json.dumps(config).encode())
+def _spec(name: str, model: str) -> RunSpec:
+    """Returns the run whose cost is told, of the model in a folder."""
+    config, targets, r, batch, tokens, _ = _MODELS[name]
     is_encoder = "hidden_size" in config
-    data = DataSpec(task="classification", labels=("no", "yes")) if is_encoder else DataSpec()
-    spec = RunSpec(
+    return RunSpec(
         name=name,
-        model=str(folder),
-        data=data,
+        model=model,
+        data=DataSpec(task="classification", labels=("no", "yes")) if is_encoder else DataSpec(),
         lora=LoRAConfig(r=r, alpha=r, target_modules=targets),
         train=TrainConfig(
             batch_size=batch,
@@ -100,6 +100,13 @@ def _cost(name: str, found: Found) -> Record:
             device="cpu",
         ),
     )
+
+
+def _cost(name: str, found: Found) -> Record:
+    folder = found.workspace.cache / "shapes" / name.replace(" ", "-").lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.json", json.dumps(_MODELS[name][0]).encode())
+    spec = _spec(name, str(folder))
     planned = Planner(str(folder), found.workspace, head=spec.head).plan(spec, num_devices=1, free_bytes=0)
     return {
         "parameters": planned.num_parameters,
@@ -113,7 +120,7 @@ def _cost(name: str, found: Found) -> Record:
 
 def _tell(asked: Asked, records: Mapping[str, Record]) -> Result:
     rows = []
-    for name, (_, _, r, batch, tokens, paper) in MODELS.items():
+    for name, (_, _, r, batch, tokens, paper) in _MODELS.items():
         if name not in records:
             continue
         c = records[name]
@@ -130,7 +137,7 @@ def _tell(asked: Asked, records: Mapping[str, Record]) -> Result:
                 f"{c['full_bytes'] / c['lora_bytes']:.1f} ×",
             ]
         )
-    head = ["Model", "Parameters", "Trained", "Paper", "Checkpoint", "Batch", "LoRA: memory", "Full", "Saved"]
+    head = ["Model", "Parameters", "Trained", "Paper", "Checkpoint", "Batch", "LoRA: memory", "Full", "Full / LoRA"]
     findings = [
         "Each token costs 6 operations a parameter in full (2 forward, 4 backward) and 4 with LoRA, which needs no "
         "gradient of the weights: at most 1.5 times the throughput; the paper saw 43.1 against 32.5 tokens a second, "
@@ -140,11 +147,20 @@ def _tell(asked: Asked, records: Mapping[str, Record]) -> Result:
         c = records[_LARGEST]
         findings.append(
             f"GPT-3 175B: {_bytes(c['full_bytes'])} in full and {_bytes(c['lora_bytes'])} with LoRA, of which the "
-            "weights are "
-            f"{_bytes(c['weight_bytes'])} (16 bits); the paper says 1.2 TB and 350 GB, and a checkpoint 10,000 times "
-            "smaller."
+            f"weights are {_bytes(c['weight_bytes'])} (16 bits); the paper says 1.2 TB and 350 GB. With A and B in "
+            f"16 bits, too, the checkpoint is {2 * c['weight_bytes'] / c['adapter_bytes']:,.0f} times smaller than "
+            "the model; the paper says about 10,000."
         )
-    return Result([Table("What training costs, by shapes alone", head, rows)], findings)
+
+    def draw() -> "Plot":
+        from studio.figures import bars_figure
+
+        ratios = {
+            name: records[name]["full_bytes"] / records[name]["lora_bytes"] for name in _MODELS if name in records
+        }
+        return bars_figure(ratios, title="Memory in full over that with LoRA", unit="×")
+
+    return Result([Table("What training costs, by shapes alone", head, rows)], findings, draw if records else None)
 
 
 def _bytes(number: float) -> str:

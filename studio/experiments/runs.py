@@ -8,6 +8,7 @@ from core import LoRAConfig, LoRAError, MethodConfig, TrainConfig
 from studio.data import guess_spec, read_table
 from studio.experiments.base import Asked, Found, Record
 from studio.generating import EvaluationSpec
+from studio.runs import Run, Runs
 from studio.specs import RunSpec
 from studio.workspace import Workspace
 
@@ -93,8 +94,23 @@ def of_text(
     )
 
 
+def run_of(runs: Runs, spec: RunSpec) -> Run | None:
+    """Returns the run of just this spec, one that finished before others; None where there is none."""
+    found = [run for run in runs.list() if _spec(run) == spec]
+    return next((run for run in found if run.status == "finished"), found[0] if found else None)
+
+
+def _spec(run: Run) -> RunSpec | None:
+    try:
+        return run.spec
+    except LoRAError:  # a damaged one, of which the list of runs says so
+        return None
+
+
 def held_out(found: Found) -> Record:
     """Returns the lowest held-out loss of a run, the loss at its end, the metrics of its best step, and what it cost.
+
+    `seconds` and `memory` (bytes, the most) are of its steps; `r` is the rank where it trained LoRA.
 
     Raises:
         LoRAError: It measured none.
@@ -108,6 +124,7 @@ def held_out(found: Found) -> Record:
     best = min(log.evaluations, key=lambda e: e.to_minimize)
     steps = log.steps.columns()
     return {
+        "r": run.spec.lora.r,
         "loss": min(e.loss for e in log.evaluations),
         "last_loss": log.evaluations[-1].loss,
         "base_loss": log.evaluations[0].loss if log.evaluations[0].step == 0 else None,

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from core import LoRAConfig
+from core import LoRAConfig, LoRAError, quoted
 from studio import models
-from studio.experiments.base import Asked, Experiment, Piece, Record, Result, Table, by_seed, spread
+from studio.experiments.base import Asked, Experiment, Piece, Record, Result, Table, as_paper, by_seed, spread
 from studio.experiments.runs import SCALES, held_out, of_text
 from studio.workspace import Workspace
 
@@ -29,13 +29,22 @@ _RANKS = (1, 2, 4, 8, 64)
 
 
 def _shapes(asked: Asked, workspace: Workspace) -> dict[str, int]:
-    """Returns letter → in + out features of that matrix in the first layer: what one rank of it costs."""
+    """Returns letter → in + out features of that matrix in the first layer: what one rank of it costs.
+
+    Raises:
+        LoRAError: The model has no such matrices.
+    """
     tree = models.skeleton(asked.model or "starter", workspace)
     found = {}
     for path, module in tree.named_modules():
         for letter, name in _LETTERS.items():
             if path.endswith("." + name) and letter not in found:
                 found[letter] = sum(next(module.parameters()).shape)
+    if len(found) < len(_LETTERS):
+        raise LoRAError(
+            f"`model` (={quoted(asked.model)}) must have matrices named {', '.join(_LETTERS.values())}; "
+            "leave it out for the starter."
+        )
     return found
 
 
@@ -61,18 +70,20 @@ def _tell_matrices(asked: Asked, records: Mapping[str, Record]) -> Result:
     losses = {names: by_seed(records, names, "loss") for names in _PAPER_5}
     rows = []
     for names, (r, wikisql, mnli) in _PAPER_5.items():
-        trained = by_seed(records, names, "trainable")
-        count = f"{trained[0]:,.0f}" if trained else ""
-        rows.append([f"W_{names}", count, spread(losses[names], 4), str(r), f"{wikisql}", f"{mnli}"])
-    head = ["Matrices", "Trained", "Held-out loss, nats a token", "Paper: r", "WikiSQL, %", "MNLI, %"]
+        trained, ours = by_seed(records, names, "trainable"), by_seed(records, names, "r")
+        count, rank = (f"{found[0]:,.0f}" if found else "" for found in (trained, ours))
+        rows.append([f"W_{names}", rank, count, spread(losses[names], 4), str(r), f"{wikisql}", f"{mnli}"])
+    head = ["Matrices", "r", "Trained", "Held-out loss, nats a token", "Paper: r", "WikiSQL, %", "MNLI, %"]
     means = {names: sum(found) / len(found) for names, found in losses.items() if found}
     findings = []
     if len(means) == len(_PAPER_5):
-        best, single = min(means, key=means.__getitem__), min("qkvo", key=means.__getitem__)
+        best, worst = min(means, key=means.__getitem__), sorted(_LETTERS, key=means.__getitem__)[2:]
+        alone = " and ".join(f"W_{letter} ({means[letter]:.4f})" for letter in worst)
         findings = [
-            f"Lowest loss: W_{best}; the paper's best are W_q, W_v and all four together.",
-            f"Of single matrices the best is W_{single} ({means[single]:.4f}) and W_q reaches {means['q']:.4f}, W_k "
-            f"{means['k']:.4f}; in the paper W_q and W_k alone are the worst.",
+            f"Lowest loss: W_{best}"
+            + as_paper(best in ("q, v", "q, k, v, o"), "the paper's best are W_q, v and W_q, k, v, o"),
+            f"The worst alone are {alone}"
+            + as_paper({*worst} == {"q", "k"}, "on the paper's WikiSQL they are W_q and W_k"),
         ]
     return Result([Table("One budget of parameters, spent on different matrices", head, rows)], findings, _bars(means))
 
@@ -102,19 +113,19 @@ def _ranks(asked: Asked, workspace: Workspace) -> list[Piece]:
 
 
 def _tell_ranks(asked: Asked, records: Mapping[str, Record]) -> Result:
-    rows, lines, findings = [], {}, []
+    rows, lines, findings = [], dict[str, list[float]](), []
     for names, (wikisql, mnli) in _PAPER_6.items():
         found = [records.get(f"{names}, r {r}") for r in _RANKS]
         losses = [record["loss"] for record in found if record]
-        rows.append([f"W_{names}", "held-out loss", *(f"{record['loss']:.4f}" if record else "" for record in found)])
+        cells = [f"{record['loss']:.4f}" if record else "" for record in found]
+        rows.append([f"W_{names}", "held-out loss", *cells])
         rows.append(["", "paper: WikiSQL, %", *map(str, wikisql)])
         rows.append(["", "paper: MNLI, %", *map(str, mnli)])
         if all(found):
             lines[f"W_{names}"] = losses
             findings.append(
-                f"W_{names}: from r = 1 to r = 64 the loss changes by {losses[-1] - losses[0]:+.4f}; the paper's "
-                "WikiSQL "
-                f"accuracy by {wikisql[-1] - wikisql[0]:+.1f} points."
+                f"W_{names}: from r = 1 to r = 64 the loss changes by {losses[-1] - losses[0]:+.4f}; "
+                f"the paper's accuracy on WikiSQL by {wikisql[-1] - wikisql[0]:+.1f} points."
             )
 
     def draw():
@@ -122,17 +133,15 @@ def _tell_ranks(asked: Asked, records: Mapping[str, Record]) -> Result:
 
         return lines_figure(_RANKS, lines, title="Which rank", x_label="r", y_label="held-out loss, nats a token")
 
-    table = Table(
-        "The same matrices with more and more directions", ["Matrices", "", *(f"r = {r}" for r in _RANKS)], rows
-    )
+    head = ["Matrices", "", *(f"r = {r}" for r in _RANKS)]
+    table = Table("The same matrices with more and more directions", head, rows)
     return Result([table], findings, draw if lines else None)
 
 
 _DIFFERS = (
-    "a model of 135 M parameters in place of GPT-3 175B, facts to text in place of WikiSQL and MNLI, the held-out "
-    "loss in "
-    "place of accuracy, and hundreds of steps. alpha = 8 r, so that scaling is the same for every r. Its key and value "
-    "are a third as wide as its query, so at one budget they get a larger r."
+    "the starter of 135 M parameters in place of GPT-3 175B, facts to text in place of WikiSQL and MNLI, and the "
+    "held-out loss in place of accuracy. alpha = 8 r, so that scaling is the same for every r. The starter's key and "
+    "value are a third as wide as its query, so at one budget they get a larger r."
 )
 
 MATRICES = Experiment(

@@ -19,7 +19,7 @@ _STYLES: Sequence[dict[str, Any]] = (
 
 
 def bars_figure(values: Mapping[str, float], *, title: str, unit: str) -> Plot:
-    """Returns one bar a name, across, with its number; the axis need not begin at zero where all are alike.
+    """Returns one bar a name, across, with its number; where all are alike, points on an axis that begins near them.
 
     Args:
         values: Name → number.
@@ -35,14 +35,24 @@ def bars_figure(values: Mapping[str, float], *, title: str, unit: str) -> Plot:
     low, high = min(numbers.min(), 0.0), max(numbers.max(), 0.0)
     if low == 0 and numbers.min() > 0.6 * high:  # alike: their differences are what is to be seen
         low = numbers.min() - 0.6 * (high - numbers.min() or high)
-    axes.barh(range(len(names)), numbers - max(low, 0), left=max(low, 0), color=ADAPTED, height=0.62)
-    axes.set_yticks(range(len(names)), names)
+    places = range(len(names))
+    if low > 0:  # a bar from there would lie about the ratio
+        axes.plot(numbers, places, "o", color=ADAPTED, markersize=7)
+        axes.hlines(places, low, numbers, colors=ADAPTED, linestyles=":", linewidth=1)
+        axes.set_ylim(-0.6, len(names) - 0.4)
+    else:
+        axes.barh(places, numbers, color=ADAPTED, height=0.62)
+    axes.set_yticks(places, names)
     axes.invert_yaxis()
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda place, _: names[int(place)] if place < len(names) else ""))
     axes.set_xlim(low if low else None, high + 0.2 * (high - low or 1))
     for place, number in enumerate(numbers):
         axes.annotate(
-            number_text(float(number)), (number, place), (4, 0), textcoords="offset points", va="center", **TEXT
+            number_text(float(f"{number:.4g}")),
+            (max(number, 0.0), place),
+            (7, 0),
+            textcoords="offset points",
+            va="center",
+            **TEXT,
         )
     return finished(figure)
 
@@ -61,7 +71,7 @@ def lines_figure(
 
     Args:
         x: Where the points are; spread by powers of two if they grow like that.
-        lines: Name → a number for each x; at most four.
+        lines: Name → a number for each x; the first four can be told apart.
         title: Shown as it stands.
         x_label, y_label: What the axes are.
         names: Words for each x in the place of numbers.
@@ -71,8 +81,8 @@ def lines_figure(
         return sentence_figure(title, "Nothing was measured yet.")
     figure = new_figure(title, 250)
     axes = style_axes(figure.subplots(), x_label, y_label)
-    for (name, values), style in zip(lines.items(), _STYLES, strict=False):
-        axes.plot(x, values, label=name, linewidth=1.6, markersize=4.5, **style)
+    for place, (name, values) in enumerate(lines.items()):
+        axes.plot(x, values, label=name, linewidth=1.6, markersize=4.5, **_STYLES[place % len(_STYLES)])
     if level is not None:
         axes.axhline(level[0], color=CHANCE, linestyle="--", linewidth=1.4, label=level[1])
     if min(x) > 0 and max(x) / min(x) > 16:
