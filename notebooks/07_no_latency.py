@@ -166,6 +166,8 @@ for batch, seq, bottleneck in settings.values():
     more, _ = count(with_adapters("adapter_h", bottleneck), batch, seq)
     flops.append(100 * (more / count(gpt2_medium(), batch, seq)[0] - 1))
 assert all(time[2] > time[1] > time[0] for time in paper.values()) and max(flops) < 4
+
+# %%
 figures.lines_figure(
     [1, 2, 3],
     {**paper, "by FLOPs alone (H)": flops},

@@ -45,7 +45,7 @@ def execute(notebook: NotebookNode) -> NotebookNode:
 
     Raises:
         CellExecutionError: A cell failed; its message shows the cell.
-        BuildError: A cell wrote a warning, or a place of this machine.
+        BuildError: A cell shows what it must not (see `problems_of`).
     """
     notebook = nbformat.from_dict(notebook)
     client = NotebookClient(
@@ -64,7 +64,7 @@ def execute(notebook: NotebookNode) -> NotebookNode:
 
 
 def problems_of(notebook: NotebookNode) -> list[str]:
-    """Returns what a student must not see in the outputs: warnings, and places of the machine that ran them."""
+    """Returns what a student must not see in the outputs: warnings, places of this machine, stray values."""
     problems = []
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
@@ -73,6 +73,8 @@ def problems_of(notebook: NotebookNode) -> list[str]:
                 problems.append(f"{cell.id} writes to stderr: {text.strip()}")
             elif found := _PLACE.search(text):
                 problems.append(f"{cell.id} shows a place of this machine: {found.group()}")
+            elif output.output_type == "execute_result" and "image/png" not in output.data:
+                problems.append(f"{cell.id} ends in a value that is no figure: {text[:60]}")
     return problems
 
 

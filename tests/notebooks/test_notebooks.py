@@ -73,7 +73,8 @@ def test_a_notebook_has_the_parts_that_a_student_expects(source):
 @every_notebook
 def test_a_notebook_uses_public_names_only(source):
     code = "\n".join(cell.source for cell in executed(source).cells if cell.cell_type == "code")
-    assert not re.search(r"(from|import) core\.|\._[a-z]|import peft", code)
+    ours = "\n".join(line for line in code.splitlines() if not line.startswith("from torch"))
+    assert not re.search(r"(from|import) core\.|\._[a-z]|import peft", ours)
 
 
 @every_notebook
@@ -93,8 +94,14 @@ def test_a_notebook_runs_in_a_fresh_kernel(source, monkeypatch):
     assert kinds[0] == kinds[1]
 
 
-def test_cells_that_warn_or_tell_of_the_machine_stop_the_build():
-    cells = ("import warnings; warnings.warn('old')", "print('/home/ada/model')", "object()", "print('1/2')")
+def test_cells_that_warn_tell_of_the_machine_or_end_in_stray_values_stop_the_build():
+    cells = (
+        "import warnings; warnings.warn('old')",
+        "print('/home/ada/model')",
+        "print(object())",
+        "2 + 3",
+        "print('1/2')",
+    )
     notebook = jupytext.reads("".join(f"# %%\n{code}\n\n" for code in cells), fmt="py:percent")
     with pytest.raises(build.BuildError) as caught:
         build.execute(notebook)
@@ -102,7 +109,8 @@ def test_cells_that_warn_or_tell_of_the_machine_stop_the_build():
     assert first.startswith("cell-00 writes to stderr: ") and "old" in first
     assert "".join(others).split("\n")[1:] == [
         "cell-01 shows a place of this machine: /home/a",
-        "cell-02 shows a place of this machine: 0x" + str(caught.value).rpartition("0x")[2],
+        "cell-02 shows a place of this machine: 0x" + re.search(r"0x(\w+)", str(caught.value))[1],
+        "cell-03 ends in a value that is no figure: 5",
     ]
 
 
