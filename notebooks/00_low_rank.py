@@ -36,8 +36,8 @@ torch.set_num_threads(1)
 #
 # - $W_0$ is the **base** weight, as it was before. It is **frozen**: it gets no gradient and never moves.
 # - $\Delta W$ is the **update**: what fine-tuning adds to $W_0$.
-# - $A$ has $r$ rows, one for each input direction that is read. $B$ has $r$ columns, one for each output direction that
-#   is written. So $\Delta W$ has **rank** at most $r$: it reads and writes no more than $r$ directions.
+# - $A$ has $r$ rows, one for each input direction that is read. $B$ has $r$ columns, one for each output direction
+#   that is written. So $\Delta W$ has **rank** at most $r$: it reads and writes no more than $r$ directions.
 # - $\alpha / r$ is the **scaling**, a fixed number: how loudly the update speaks.
 #
 # $A$, $B$ and the scaling together, saved apart from the model, are an **adapter**.
@@ -65,8 +65,8 @@ class LowRankLinear(nn.Module):
 # Two brackets matter. `x @ A.T @ B.T` goes through $r$ numbers in the middle: $\Delta W$ is never written out. And the
 # random bound $1/\sqrt{\text{in}}$ is the one of the authors' code (the paper's text says "Gaussian"; both work).
 #
-# **Predict before you run.** $A$ and $B$ are both trainable. At the very first step, which of them gets a gradient that
-# is not zero: $A$, $B$, both, or none?
+# **Predict before you run.** $A$ and $B$ are both trainable. At the very first step, which of them gets a gradient
+# that is not zero: $A$, $B$, both, or none?
 
 # %%
 torch.manual_seed(0)
@@ -133,7 +133,7 @@ figures.sigma_figure(
 # ## And if $r$ is too small?
 #
 # Eckart and Young (1936): no matrix of rank $r$ comes nearer to $D$ than the one that keeps its $r$ strongest
-# directions, and the squared distance left is the sum of the other $\sigma^2$. Does plain gradient descent on $A$ and
+# directions, and the squared distance left is the sum of the other $\sigma^2$. Does ordinary training of $A$ and
 # $B$, which knows nothing of this, get there?
 
 # %%
