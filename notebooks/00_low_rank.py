@@ -232,8 +232,8 @@ figures.bars_figure(
 # %% [markdown]
 # The last bar is the floor: no method that uses the model gets below it. LoRA stands on that floor. The paper (§4.2)
 # says 350 GB for LoRA, which is our number, and 1.2 TB for full fine-tuning, which is less than our 2.8 TB: its
-# training kept some of the four numbers in fewer bytes. Its "10,000 times smaller" checkpoint is our one in 9,272,
-# rounded up. Counting by hand also finds slips: GPT-2 Medium (24 layers, width 1,024) at $r = 4$ gives
+# training must have kept some of the four numbers in fewer bytes. Its "10,000 times smaller" checkpoint is our one in
+# 9,272, rounded up. Counting by hand also finds slips: GPT-2 Medium (24 layers, width 1,024) at $r = 4$ gives
 # $24\cdot2\cdot4\cdot2048 = 393{,}216$, that is 0.39 M, where the paper's Table 3 prints 0.35 M.
 #
 # ## The proof
