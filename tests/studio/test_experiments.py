@@ -409,3 +409,17 @@ def test_the_command_follows_an_experiment_to_its_end(workspace, capsys):
     out, err = capsys.readouterr()
     assert "1 of 1: 1 × 32, bottleneck 16 and 8 …" in err
     assert "Merged, LoRA's time is within" in out and "pieces are done" not in out
+
+
+def test_of_glue_s_folder_the_sentence_and_the_label_are_trained_though_cola_names_no_columns(
+    tmp_path, workspace, encoder_folder
+):
+    (tmp_path / "CoLA").mkdir()
+    for name in ("train", "dev"):
+        rows = (f"gj04\t{i % 2}\t{'' if i % 2 else '*'}\tThe cat sat {i}.\n" for i in range(12))
+        (tmp_path / "CoLA" / f"{name}.tsv").write_text("".join(rows))
+    pieces = named("labels").pieces(Asked("labels", "tiny", str(encoder_folder), str(tmp_path)), workspace)
+    spec = pieces[0].spec
+    assert spec is not None
+    assert (spec.data.prompt, spec.data.completion, spec.data.labels) == ("col4", "col2", ("0", "1"))
+    assert spec.data.metric == "matthews" and spec.data.eval_source.endswith("dev.tsv")
