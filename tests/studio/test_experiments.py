@@ -416,7 +416,7 @@ def test_of_glue_s_folder_the_sentence_and_the_label_are_trained_though_cola_nam
 ):
     (tmp_path / "CoLA").mkdir()
     for name in ("train", "dev"):
-        rows = (f"gj04\t{i % 2}\t{'' if i % 2 else '*'}\tThe cat sat {i}.\n" for i in range(12))
+        rows = (f"gj04\t{1 - i % 2}\t{'*' if i % 2 else ''}\tThe cat sat {i}.\n" for i in range(12))
         (tmp_path / "CoLA" / f"{name}.tsv").write_text("".join(rows))
     pieces = named("labels").pieces(Asked("labels", "tiny", str(encoder_folder), str(tmp_path)), workspace)
     spec = pieces[0].spec
