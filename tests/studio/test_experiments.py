@@ -180,7 +180,12 @@ def test_a_piece_that_is_done_is_not_done_again_unless_its_file_is_damaged_or_it
     assert [line["note"] for line in conduct.go()] == ["a | b", "c"]
     assert [*conduct.go()] == [] and measured == ["a | b", "c"]
     files = sorted((conduct.folder / "pieces").iterdir())
-    for damage in ("{", "[]", '{"digest": 1}', json.dumps({"digest": conduct.pieces()[0].digest, "found": 3})):
+    for damage in (
+        "{",
+        "[]",
+        '{"digest": "another", "found": {}}',
+        json.dumps({"digest": conduct.pieces()[0].digest, "found": 3}),
+    ):
         files[0].write_text(damage)
         assert [*conduct.records(conduct.pieces())] == ["c"]
     [line] = conduct.go()
