@@ -45,6 +45,9 @@ _TASKS: Mapping[str, tuple[str, str]] = {
 }
 """GLUE's set → the score that Table 2 has of it."""
 
+_COLUMNS = {"CoLA": {"layout": "pair", "prompt": "col4", "context": "", "completion": "col2"}}
+"""GLUE's set whose file names no columns → where its sentence and its label stand."""
+
 _PAPER_2 = {
     _LORA: {"RTE": 86.6, "MRPC": 89.7, "CoLA": 63.4},
     "Full fine-tuning": {"RTE": 78.7, "MRPC": 90.2, "CoLA": 63.6},
@@ -103,6 +106,7 @@ def _of_labels(asked: Asked, workspace: Workspace) -> list[Piece]:
             metric=score,
             max_eval_rows=1_100,
             bad_rows="skip",
+            **_COLUMNS.get(task, {}) if asked.data else {},
         )
         said: RunSpec | None = None  # with the labels and the head, which starting a run adds: to find that run again
         for method, (config, rate) in _OF_LABELS.items():

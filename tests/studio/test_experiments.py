@@ -180,7 +180,12 @@ def test_a_piece_that_is_done_is_not_done_again_unless_its_file_is_damaged_or_it
     assert [line["note"] for line in conduct.go()] == ["a | b", "c"]
     assert [*conduct.go()] == [] and measured == ["a | b", "c"]
     files = sorted((conduct.folder / "pieces").iterdir())
-    for damage in ("{", "[]", '{"digest": 1}', json.dumps({"digest": conduct.pieces()[0].digest, "found": 3})):
+    for damage in (
+        "{",
+        "[]",
+        '{"digest": "another", "found": {}}',
+        json.dumps({"digest": conduct.pieces()[0].digest, "found": 3}),
+    ):
         files[0].write_text(damage)
         assert [*conduct.records(conduct.pieces())] == ["c"]
     [line] = conduct.go()
@@ -409,3 +414,17 @@ def test_the_command_follows_an_experiment_to_its_end(workspace, capsys):
     out, err = capsys.readouterr()
     assert "1 of 1: 1 × 32, bottleneck 16 and 8 …" in err
     assert "Merged, LoRA's time is within" in out and "pieces are done" not in out
+
+
+def test_of_glue_s_folder_the_sentence_and_the_label_are_trained_though_cola_names_no_columns(
+    tmp_path, workspace, encoder_folder
+):
+    (tmp_path / "CoLA").mkdir()
+    for name in ("train", "dev"):
+        rows = (f"gj04\t{1 - i % 2}\t{'*' if i % 2 else ''}\tThe cat sat {i}.\n" for i in range(12))
+        (tmp_path / "CoLA" / f"{name}.tsv").write_text("".join(rows))
+    pieces = named("labels").pieces(Asked("labels", "tiny", str(encoder_folder), str(tmp_path)), workspace)
+    spec = pieces[0].spec
+    assert spec is not None
+    assert (spec.data.prompt, spec.data.completion, spec.data.labels) == ("col4", "col2", ("0", "1"))
+    assert spec.data.metric == "matthews" and spec.data.eval_source.endswith("dev.tsv")
