@@ -87,7 +87,8 @@ def test_figures_are_small(source):
 @pytest.mark.parametrize(
     "source", [pytest.param(s, id=s.stem, marks=[] if s.stem in FAST else pytest.mark.slow) for s in SOURCES]
 )
-def test_a_notebook_runs_in_a_fresh_kernel(source, monkeypatch):
+def test_a_notebook_runs_in_a_fresh_kernel(source, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     ran = build.execute(build.read_source(source))  # its asserts are its claims
     kinds = [[sorted(output.get("data", output)) for output in outputs(one)] for one in (ran, executed(source))]
