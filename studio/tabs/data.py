@@ -331,7 +331,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     part.chosen.input(studio.guard(show), seen, part.shown, queue=False, **last)
 
     part.rows.select(studio.guard(open_row), seen, editor.shown, **quiet)
-    editor.undo_all.click(studio.guard(mend.ask), editor.opened, editor.asked, **quiet)
+    editor.undo_all.click(studio.guard(mend.ask_undo), editor.opened, editor.asked, **quiet)
     editor.no.click(lambda: gr.Group(visible=False), None, editor.asked[0], queue=False, **quiet)
     closed = lambda: mend.show(None)  # noqa: E731
     gr.on([editor.close.click, part.chosen.input, *changed], closed, None, editor.shown, queue=False, **quiet)

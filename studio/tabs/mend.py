@@ -94,7 +94,7 @@ def show(opened: Opened | None, longest: Any = None) -> list[Any]:
     ]
 
 
-def ask(opened: Opened) -> tuple[Any, str]:
+def ask_undo(opened: Opened) -> tuple[Any, str]:
     """Returns what `Editor.asked` shows before all mends are lost."""
     mended = opened.look.survey.mended()
     words = f"Undo all {len(mended):,} mends? What was written for these rows is lost; this cannot be undone."

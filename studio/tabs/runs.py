@@ -43,7 +43,7 @@ def row(run: Run) -> list[str]:
     try:
         status, spec, log = run.status, run.spec, run.log
     except LoRAError as error:
-        return [run.id, "damaged", "", "", str(error), "", "", "", "", ""]
+        return [run.id, "damaged", "", "", str(error), *[""] * (len(HEADER) - 5)]
     done = log.steps[-1].step if log.steps else 0
     losses = [e.loss for e in log.evaluations]
     return [

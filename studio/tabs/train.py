@@ -316,7 +316,7 @@ def build() -> TrainTab:
             form = Form(
                 TrainConfig, [s.name for s in settings(TrainConfig) if s.name != "max_length"]
             )  # stands in Data
-            with gr.Accordion("Measure answers by a task", open=False, elem_id="task"):
+            with gr.Accordion("Measure answers by a task", open=False, elem_id="measure-answers"):
                 evaluation = Form(EvaluationSpec)
             with gr.Accordion("Sweep", open=False):
                 sweep = gr.Textbox(

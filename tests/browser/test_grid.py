@@ -15,11 +15,11 @@ WAIT = 240_000  # milliseconds, on a busy machine
 # In the place of the starter's own tree, one of the size that the test names.
 OF_SIZE = """
 import torch, transformers
-from studio import models
-def large(model, config):
+from studio import skeletons
+def large(model, config, head=None):
     with torch.device('meta'):
         return transformers.AutoModelForCausalLM.from_config(transformers.{config})
-models._build_skeleton = large
+skeletons.build = large
 """
 LLAMA_7B = "LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)"
 GPT3_175B = (

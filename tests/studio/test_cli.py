@@ -271,8 +271,11 @@ def test_the_variable_s_workspace_is_checked_alike(command, tmp_path, monkeypatc
 SPECS = {
     "missing": (None, r"must be a JSON file ([Errno 2] No such file or directory"),
     "no JSON": ("r: 8", "must be a JSON file (Expecting value"),
-    "no table": ("[1]", "A spec must be a table with name, model, data, lora, method, train; not list."),
-    "unknown part": ('{"lorra": {}}', "A spec has no part lorra; it has name, model, data, lora, method, train."),
+    "no table": ("[1]", "A spec must be a table with name, model, data, lora, method, train, evaluation; not list."),
+    "unknown part": (
+        '{"lorra": {}}',
+        "A spec has no part lorra; it has name, model, data, lora, method, train, evaluation.",
+    ),
     "unknown setting": ('{"lora": {"rank": 8}}', "LoRAConfig has no setting 'rank'; it has r, alpha,"),
     "out of range": ('{"train": {"steps": 0}}', "`steps` (=0) must be at least 1 and at most 10000000."),
     "wrong type": ('{"train": {"steps": "many"}}', "`steps` (='many') must be a whole number."),

@@ -195,7 +195,7 @@ def test_the_page_shows_a_row_keeps_its_mend_and_lists_it_until_it_is_undone(ope
     assert isinstance(studio.table(spec.source).rows[6], BadRow)
     mend.save(studio, again, json.dumps(NEW), 100)
     *_, look = inspect.survey(studio, again.look.model, spec)
-    group, words = mend.ask(mend.Opened(look, 6))
+    group, words = mend.ask_undo(mend.Opened(look, 6))
     assert group.visible and "Undo all 1 mends? What was written" in words
     assert mend.show(mend.Opened(look, 6), 100)[-1].visible is False  # no question is left of a row before
     mend.undo_all(studio, again)

@@ -444,7 +444,9 @@ def test_folder_with_only_a_gguf_file_points_at_the_file(gguf_file, workspace):
     "name", ["", " ", "two words", "/no/such/folder", "https://huggingface.co/gpt2", "x" * 9000, "~no/x"]
 )
 def test_a_name_of_no_known_form_is_answered_with_the_four_forms(workspace, name):
-    with pytest.raises(LoRAError, match=r"'starter', a folder in .*, a \.gguf file, or a Hub id such as owner/name"):
+    with pytest.raises(
+        LoRAError, match=r"'starter', 'starter-encoder', a folder in .*, a \.gguf file, or a Hub id such as owner/name"
+    ):
         models.describe(name, workspace)
 
 

@@ -205,7 +205,7 @@ def test_a_page_that_watched_the_break_sees_each_step_once(runs, spec, whole, mo
 def test_the_last_two_checkpoints_and_the_best_are_kept(runs, spec, monkeypatch):
     run = runs.create(dataclasses.replace(spec, train=dataclasses.replace(TRAIN, eval_every=2, checkpoint_every=1)))
     losses = iter([3.0, 1.0, 2.0, 2.5, 2.6, 2.7])
-    monkeypatch.setattr(sys.modules["core.train"], "_evaluate", lambda *of: Evaluated(of[-1], next(losses), 9, 0.1))
+    monkeypatch.setattr(sys.modules["core.train"], "_evaluate", lambda *of: Evaluated(of[3], next(losses), 9, 0.1))
     work(run)
     assert run.checkpoints.steps() == [2, 8, 9]
     assert all(Adapter.load(run.checkpoints.at(step)).num_parameters for step in (2, 8, 9))
@@ -236,7 +236,7 @@ def test_a_run_that_ends_early_gives_the_adapter_of_its_best_step(runs, spec, mo
     train = dataclasses.replace(TRAIN, eval_every=1, checkpoint_every=0, patience=2)
     run = runs.create(dataclasses.replace(spec, train=train))
     losses = iter([3.0, 2.0, 1.0, 1.5, 1.4])
-    monkeypatch.setattr(sys.modules["core.train"], "_evaluate", lambda *of: Evaluated(of[-1], next(losses), 9, 0.1))
+    monkeypatch.setattr(sys.modules["core.train"], "_evaluate", lambda *of: Evaluated(of[3], next(losses), 9, 0.1))
     assert work(run) == 0
     assert (run.status, run.log.end.reason, run.log.end.step) == ("finished", "early", 4)
     best, last = (Adapter.load(run.checkpoints.at(step)).factors for step in (2, 4))

@@ -71,12 +71,12 @@ def test_a_spec_of_nothing_is_the_default_and_its_parts_fill_up():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([], r"A spec must be a table with name, model, data, lora, method, train; not list\."),
+        ([], r"A spec must be a table with name, model, data, lora, method, train, evaluation; not list\."),
         ("r=8", r"A spec must be a table .*; not str\."),
         (None, r"A spec must be a table .*; not NoneType\."),
         (
             {"peft": {}, "Lora": {}},
-            r"A spec has no part Lora, peft; it has name, model, data, lora, method, train\.",
+            r"A spec has no part Lora, peft; it has name, model, data, lora, method, train, evaluation\.",
         ),
         ({"name": ""}, r"`name` \(=''\) must be text\."),
         ({"name": " \n"}, r"`name` \(=' \\n'\) must be text\."),
