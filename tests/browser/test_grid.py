@@ -177,7 +177,7 @@ def test_a_run_records_the_choice_and_the_ranks(page, skeleton, server):
 
 @pytest.mark.parametrize(
     ("config", "parameters", "num_cells"),
-    [(LLAMA_7B, "6,738,415,616", 226), (GPT3_175B, "174,604,", 578)],
+    [pytest.param(LLAMA_7B, "6,738,415,616", 226, marks=pytest.mark.slow), (GPT3_175B, "174,604,", 578)],
     ids=["7B", "175B"],
 )
 def test_a_click_in_the_grid_of_a_large_model_shows_in_the_frame_in_which_it_comes(
