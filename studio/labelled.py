@@ -1,9 +1,10 @@
 """Rows with a label as tokens: one text or two, as the tokenizer puts them, and what the model should give."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from studio.examples import Packed
 from studio.mapping import Labelled, RowError
 from studio.rendering import MAX_CHARACTERS
 
@@ -99,51 +100,24 @@ def cut_labelled(example: LabelledExample, max_length: int) -> LabelledExample:
     )
 
 
-class LabelledExamples(Sequence[LabelledExample]):
-    """Examples one after the other in few large arrays, cut to a length as they come; each is made anew when asked for.
-
-    A token takes six bytes, and no row an object.
-    """
+class LabelledExamples(Packed[LabelledExample]):
+    """Rows with a label each, of one task and one tokenizer; a token takes six bytes."""
 
     def __init__(self, max_length: int) -> None:
-        self._max_length = max_length
-        self._ids, self._parts, self._types = array("i"), bytearray(), bytearray()
-        self._ends, self._labels = array("q", [0]), array("d")
-        self._num_cut, self._rows = array("i"), array("q")
+        super().__init__(max_length)
+        self._parts, self._types, self._labels = bytearray(), bytearray(), array("d")
         self._is_value = False
-        self._places: Sequence[int] | None = None
 
     def append(self, example: LabelledExample) -> None:
-        """Adds an uncut example; all are of one task and one tokenizer."""
+        """Adds an uncut example."""
         self._is_value = example.is_value
         kept = cut_labelled(example, self._max_length)
-        self._ids.extend(kept.input_ids)
         self._parts += kept.parts
         self._types += kept.types
-        self._ends.append(len(self._ids))
         self._labels.append(kept.label)
-        self._num_cut.append(kept.num_cut)
-        self._rows.append(kept.row)
+        self._add(kept.input_ids, kept.num_cut, kept.row)
 
-    def at(self, places: Iterable[int]) -> "LabelledExamples":
-        """Returns those at `places`, which share this one's arrays."""
-        view = object.__new__(LabelledExamples)
-        view.__dict__.update(self.__dict__)
-        view._places = array("q", places)
-        return view
-
-    def __len__(self) -> int:
-        return len(self._rows) if self._places is None else len(self._places)
-
-    def __getitem__(self, place):  # type: ignore[no-untyped-def, override]
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        if self._places is not None:
-            place = self._places[place]
-        elif not -len(self) <= place < len(self):
-            raise IndexError(place)
-        place %= len(self._rows)
-        here = slice(self._ends[place], self._ends[place + 1])
+    def _made(self, place: int, here: slice) -> LabelledExample:
         parts, types = bytes(self._parts[here]), bytes(self._types[here])
         about = self._labels[place], self._is_value, self._num_cut[place], self._rows[place]
         return LabelledExample(self._ids[here], parts, types, *about)

@@ -110,7 +110,7 @@ def _said(model: nn.Module, question: str, kind: type[nn.Module]) -> str | None:
     ask = getattr(model, question, None)
     try:
         answer = ask() if callable(ask) else None
-    except NotImplementedError:
+    except NotImplementedError:  # how a family that has no such module answers
         answer = None
     if not isinstance(answer, kind):
         return None
