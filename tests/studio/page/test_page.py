@@ -1,0 +1,123 @@
+"""The page as a whole: it is built over any workspace, and errors are sentences."""
+
+import html
+import inspect
+import types
+
+import gradio as gr
+import pytest
+from gradio.helpers import special_args
+
+from core import (
+    LoRAError,
+)
+from studio import app, watch
+from tests.studio.page.pages import build, handler, look, update
+
+
+def test_the_page_has_the_tabs_in_order_and_the_head(page):
+    pages = next(b for b in page.blocks.values() if isinstance(b, gr.Tabs))
+    titles = [b.label for b in pages.children if isinstance(b, gr.Tab)]
+    assert titles == ["Model", "Data", "Train", "Spectrum", "Chat", "Runs", "Take home"]
+    ids = [b.elem_id for b in page.blocks.values() if b.elem_id]
+    assert len(ids) == len(set(ids))
+    assert {"head", "run", "start", "stop", "preview", "tokens", "heat", "runs-table"} <= set(ids)
+
+
+@pytest.mark.parametrize("what", ["events.jsonl", "spec.json"])
+def test_a_damaged_run_hinders_neither_the_page_nor_its_lists(what, damage, studio):
+    damaged = damage(what)
+    page = build(studio)
+    chosen = handler(page, "opened", "run")(types.SimpleNamespace(query_params={}))
+    assert update(chosen)["choices"] == [(f"{damaged.id} · damaged", damaged.id)]
+    table, ids = handler(page, "fill")()
+    assert table["data"][0][:2] == [damaged.id, "damaged"] and ids == [damaged.id]
+    assert "nothing is training" in app.head_line(studio.runs.running())
+
+
+@pytest.mark.parametrize("what", ["events.jsonl", "spec.json"])
+def test_a_page_that_shows_a_damaged_run_does_not_complain_at_every_tick(what, damage, studio):
+    run = damage(what)
+    page = build(studio)
+    news = look(page, run.id)
+    assert 'class="said error"' in news["parts"]["status"] and "damaged" in news["turn"]
+    assert look(page, run.id) == news
+    handler(page, "turned")(run.id)
+
+
+def test_gradio_s_queue_still_looks_too_often_by_itself(page):
+    assert page._queue.sleep_when_free < watch.QUEUE_SECONDS
+
+
+def test_nothing_of_the_page_is_open_to_other_programs_by_name(page):
+    assert {event.api_visibility for event in page.fns.values()} == {"private"}
+
+
+def test_tables_show_text_and_no_markup(page):
+    tables = [b for b in page.blocks.values() if isinstance(b, gr.Dataframe)]
+    assert {t.elem_id for t in tables} == {"found", "list-answers", "preview", "runs-table"}
+    assert all(t.datatype == "str" and not t.interactive for t in tables)
+
+
+def test_every_handler_that_reads_anything_is_guarded(page):
+    names = {event.fn.__name__ for event in page.fns.values() if event.fn and not hasattr(event.fn, "__wrapped__")}
+    assert names == {"take_kind", "show_columns", "<lambda>"}, "these only show and hide"
+
+
+def fail(error: Exception):
+    def handler():
+        raise error
+
+    return handler
+
+
+def test_a_foreseen_error_is_shown_as_it_stands_but_never_as_markup(studio):
+    message = "`x` (='<b>&') must be \"2\"."
+    with pytest.raises(gr.Error) as shown:
+        studio.guard(fail(LoRAError(message)))()
+    assert html.unescape(shown.value.message) == message
+    assert "<" not in shown.value.message
+    assert shown.value.print_exception is False
+
+
+def test_any_other_error_is_one_sentence_and_its_traceback_in_the_log(studio, caplog):
+    with pytest.raises(gr.Error) as shown:
+        studio.guard(fail(KeyError("<secret>")))()
+    assert shown.value.message == (
+        f"Something went wrong that was not foreseen (KeyError); see {html.escape(str(studio.log_file))}."
+    )
+    (record,) = caplog.records
+    assert record.name == "studio" and record.exc_info[0] is KeyError
+    assert "Traceback (most recent call last):" in caplog.text and "<secret>" in caplog.text
+
+
+def test_an_error_made_for_the_page_goes_through_as_it_is(studio, caplog):
+    error = gr.Error("<b>said</b>")
+    with pytest.raises(gr.Error) as shown:
+        studio.guard(fail(error))()
+    assert shown.value is error and not caplog.records
+
+
+def test_a_stream_is_guarded_and_what_came_before_the_error_is_kept(studio):
+    def stream(number):
+        yield number
+        yield number + 1
+        raise LoRAError("<no more>")
+
+    guarded = studio.guard(stream)
+    assert inspect.isgeneratorfunction(guarded)
+    seen = []
+    with pytest.raises(gr.Error, match="&lt;no more&gt;"):
+        for number in guarded(1):
+            seen.append(number)
+    assert seen == [1, 2]
+
+
+def test_a_guarded_handler_gives_back_what_it_did_and_still_gets_gradio_s_request(studio):
+    def asked(name: str, request: gr.Request) -> tuple:
+        return name, request
+
+    guarded = studio.guard(asked)
+    request = types.SimpleNamespace()
+    inputs, *_ = special_args(guarded, inputs=["x"], request=request)
+    assert guarded(*inputs) == ("x", request)
