@@ -51,6 +51,7 @@ def build(studio: Studio) -> gr.Blocks:
                 data_tab = data.build(studio, page, model_tab.model)
             with gr.Tab("Train", id="train") as train_page:
                 train_tab = train.build()
+                _follow_run(studio, head, run_id, train_tab)
             with gr.Tab("Spectrum", id="spectrum") as spectrum_tab:
                 pair = spectrum.build(studio, run_id, spectrum_tab.select)
             with gr.Tab("Chat", id="chat") as chat_tab:
@@ -64,6 +65,20 @@ def build(studio: Studio) -> gr.Blocks:
                 home.build(studio, run_id, home_tab.select, runs.picker, [tabs, *pair.outputs], pair.show)
         _wire(studio, page, head, run_id, model_tab, data_tab, train_tab, train_page)
     return page
+
+
+def _follow_run(studio: Studio, head: Any, run_id: Any, train_tab: train.TrainTab) -> None:
+    """Has the header and Train show the run that is chosen; before other tabs are built, as listeners take turns."""
+
+    def show(run: str | None) -> list[Any]:
+        return [gr.HTML(run=run), *_controls(studio, run)]
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+    run_id.change(studio.guard(show), run_id, [head, *train_tab.controls], queue=False, **quiet)
+
+
+def _controls(studio: Studio, run: str | None) -> list[Any]:
+    return train.controls(studio.runs.get(run) if run else None)
 
 
 def _wire(
@@ -94,15 +109,9 @@ def _wire(
         ids = [run_id for _, run_id in listed]
         if run and run not in ids:  # it was deleted
             run = ids[0] if ids else None
-            return [gr.Dropdown(choices=listed, value=run), *controls(run)]
+            return [gr.Dropdown(choices=listed, value=run), *_controls(studio, run)]
         # The value is left alone: this may be asked before the page has opened its run, or while another is chosen.
-        return [gr.Dropdown(choices=listed), *controls(run)]
-
-    def controls(run: str | None) -> list[Any]:
-        return train.controls(studio.runs.get(run) if run else None)
-
-    def show(run: str | None) -> list[Any]:
-        return [gr.HTML(run=run), *controls(run)]
+        return [gr.Dropdown(choices=listed), *_controls(studio, run)]
 
     def read(*values: Any, rows: bool = True) -> RunSpec:
         chosen, lora = model.parse(model_tab.form, list(values[:num_model]))
@@ -143,14 +152,10 @@ def _wire(
         return studio.guard(done)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-    # Gradio tells of no change where the choices come just after the value: so what is shown follows by itself, too.
-    page.load(studio.guard(opened), None, run_id, **quiet).success(
-        studio.guard(show), run_id, [head, *train_tab.controls], queue=False, **quiet
-    )
+    page.load(studio.guard(opened), None, run_id, **quiet)
     gr.on([page.load, train_page.select], studio.guard(train.gpu_choices), None, train_tab.gpus, **quiet)
     last: dict[str, Any] = {"trigger_mode": "always_last"}  # of ticks that follow fast, none is lost
     train_tab.gpus.input(studio.guard(train.device_of), train_tab.gpus, train_tab.device, queue=False, **last, **quiet)
-    run_id.change(studio.guard(show), run_id, [head, *train_tab.controls], queue=False, **quiet)
     changed = [run_id, *train_tab.controls]
     head.turned(studio.guard(turned), run_id, changed, queue=False, **quiet)
     train_tab.start.click(

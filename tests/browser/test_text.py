@@ -72,7 +72,6 @@ def tab(page, name):
     page.get_by_role("tab", name=name, exact=True).first.click()
 
 
-@pytest.mark.slow  # minutes long
 def test_nothing_that_a_page_shows_runs(hostile, server, browser, tmp_path):
     folder, chatting, named = hostile
     context = browser.new_context(viewport={"width": 1440, "height": 900})
@@ -127,12 +126,7 @@ def test_nothing_that_a_page_shows_runs(hostile, server, browser, tmp_path):
     tab(page, "Spectrum")
     shows("#heat", NAME[:10])  # cut in the middle
     shows("#module input")
-    for _ in range(8):  # under load the first opening of a section may draw nothing; what it draws is looked at here
-        tab(page, "Overview")
-        tab(page, "One matrix")
-        page.wait_for_timeout(4000)
-        if page.locator("#sigma svg").count():
-            break
+    tab(page, "One matrix")
     shows("#sigma")
     shows("#table-7")  # the adapter is not of this model; the message quotes its matrix
 

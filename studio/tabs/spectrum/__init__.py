@@ -45,6 +45,7 @@ def build(studio: Studio, run_id: Any, selected: Any) -> Pair:
             operating.build(frame, tab)
         with gr.Tab("Intruders", id="intruders") as tab:
             intruding.build(frame, tab)
+    frame.follow()
     is_open: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
     source.change(lambda place: gr.Column(visible=place is not None), source, body, **is_open)
     return Pair([sections, other], lambda a, b: [gr.Tabs(selected="compare"), compare.choice(studio, a, b)])

@@ -46,6 +46,7 @@ class Frame:
         section: State with the id of the section that is seen.
         sections: The `gr.Tabs` of the sections.
         pictures: What was drawn last.
+        turns: (section, whether by matrix) → State that changes when the section is to be drawn anew.
     """
 
     studio: Studio
@@ -56,6 +57,7 @@ class Frame:
     section: Any
     sections: Any
     pictures: Pictures = field(default_factory=Pictures)
+    turns: dict[tuple[str, bool], Any] = field(default_factory=dict)
 
     def picture(self, elem_id: str, **options: Any) -> gr.HTML:
         """Draws the place of a picture; its value is what `put` returns. `pointed` is the event of its areas."""
@@ -119,12 +121,28 @@ class Frame:
             yield from draw(*values) if seen == tab.id else (nothing,)
 
         draw.__name__ = show.__name__
-        looked_at = self.view if by_matrix else self.source
-        given = [looked_at, *inputs]
-        events = [looked_at.change, *also]
+        given = [self.view if by_matrix else self.source, *inputs]
+        if (tab.id, by_matrix) not in self.turns:
+            self.turns[tab.id, by_matrix] = gr.State(0)
+        events = [self.turns[tab.id, by_matrix].change, *also]
         options = {"show_progress": "minimal", **PRIVATE, **options}
         tab.select(lambda: tab.id, None, self.section, queue=False, show_progress="hidden", **PRIVATE)
         return [
             tab.select(self.studio.guard(draw), given, [*outputs], **options),
             gr.on(events, self.studio.guard(draw_if_seen), [self.section, *given], [*outputs], **options),
         ]
+
+    def follow(self) -> None:
+        """Has the section that is seen, and no other, drawn anew when what is looked at changes; once all are built.
+
+        Gradio asks a page's listeners of one event one after another, so those of hidden sections would be waited for.
+        """
+        for looked_at, by_matrix in ((self.source, False), (self.view, True)):
+            turns = {section: turn for (section, kind), turn in self.turns.items() if kind == by_matrix}
+
+            def take_turns(seen: str, *now: int, names: tuple[str, ...] = tuple(turns)) -> list[Any]:
+                return [turn + 1 if name == seen else gr.skip() for name, turn in zip(names, now, strict=True)]
+
+            # Through the queue: of a State that is set past it no page is told.
+            places = [*turns.values()]
+            looked_at.change(take_turns, [self.section, *places], places, show_progress="hidden", **PRIVATE)

@@ -12,7 +12,7 @@ from core import (
     LoRAError,
 )
 from studio import app, watch
-from tests.studio.page.pages import build, handler, look, update
+from tests.studio.page.pages import build, events, handler, look, update
 
 
 def test_the_page_has_the_tabs_in_order_and_the_head(page):
@@ -53,6 +53,22 @@ def test_nothing_of_the_page_is_open_to_other_programs_by_name(page):
     assert {event.api_visibility for event in page.fns.values()} == {"private"}
 
 
+def test_the_run_that_is_chosen_is_shown_before_other_tabs_follow_it(page):
+    """Gradio asks the listeners of an event one after another."""
+    (run,) = (number for number, block in page.blocks.items() if block.elem_id == "run")
+    first = next(event for event in page.fns.values() if (run, "change") in event.targets)
+    assert "head" in [block.elem_id for block in first.outputs] and not first.queue
+
+
+def test_of_the_spectrum_s_sections_only_the_one_that_is_seen_is_drawn_anew(page):
+    turns = events(page, "take_turns")
+    for seen, numbers in (("overview", [1, 0]), ("matrix", [0, 1]), ("compare", [1, 1]), ("nowhere", [0, 0])):
+        told = [event.fn(seen, *[7] * len(event.outputs)) for event in turns]
+        assert [values.count(8) for values in told] == numbers
+    looked_at = {target for event in turns for target in event.targets}
+    assert not [event.fn for event in events(page, "draw_if_seen") if looked_at & set(event.targets)]
+
+
 def test_tables_show_text_and_no_markup(page):
     tables = [b for b in page.blocks.values() if isinstance(b, gr.Dataframe)]
     assert {t.elem_id for t in tables} == {"found", "list-answers", "preview", "runs-table"}
@@ -61,7 +77,7 @@ def test_tables_show_text_and_no_markup(page):
 
 def test_every_handler_that_reads_anything_is_guarded(page):
     names = {event.fn.__name__ for event in page.fns.values() if event.fn and not hasattr(event.fn, "__wrapped__")}
-    assert names == {"take_kind", "show_columns", "<lambda>"}, "these only show and hide"
+    assert names == {"take_kind", "show_columns", "take_turns", "<lambda>"}, "these only show, hide and count"
 
 
 def fail(error: Exception):
