@@ -9,6 +9,7 @@ import numpy as np
 from studio import live
 from studio.palette import ADAPTED, ADAPTED_SOFT, SECOND, SECOND_SOFT
 from studio.runs import Run
+from studio.specs import PARTS
 
 _OWN = {"name", "continues"}
 
@@ -59,7 +60,7 @@ def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if name == "data":
             yield from ((f"data {key}", part) for key, part in value.items())
-        elif name in ("lora", "train"):
+        elif name in PARTS:
             yield from value.items()
         else:
             yield name, value

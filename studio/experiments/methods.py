@@ -1,6 +1,5 @@
 """LoRA against the other methods: on labels (Table 2), on text (Table 3), and with few rows (the appendix)."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from studio.experiments.base import Asked, Experiment, Piece, Record, Result, Ta
 from studio.experiments.runs import SCALES, held_out, of_text
 from studio.generating import EvaluationSpec
 from studio.specs import RunSpec
-from studio.workspace import Workspace, write_whole
+from studio.workspace import Workspace
 
 if TYPE_CHECKING:
     from studio.figures.style import Plot
@@ -80,16 +79,7 @@ def _label_sets(asked: Asked, workspace: Workspace) -> dict[str, tuple[str, str]
                 "MRPC's, or CoLA's."
             )
         return dict(list(there.items())[: 1 if asked.size == "tiny" else None])
-    made = workspace.cache / "experiments"
-    made.mkdir(exist_ok=True)
-    source = "starter:tickets"
-    rows = read_table(source, workspace).rows
-    lines = [json.dumps({"text": r["request"], "label": json.loads(r["ticket"])["category"]}) for r in rows]
-    held = len(rows) // 6
-    files = {"train": lines[:-held], "dev": lines[-held:]}
-    for name, part in files.items():
-        write_whole(made / f"tickets-{name}.jsonl", ("\n".join(part) + "\n").encode())
-    return {"Tickets": (str(made / "tickets-train.jsonl"), str(made / "tickets-dev.jsonl"))}
+    return {"Topics": ("starter:topics", "")}  # which brings rows of its own to measure on
 
 
 def _of_labels(asked: Asked, workspace: Workspace) -> list[Piece]:
@@ -281,7 +271,7 @@ LABELS = Experiment(
     "Table 2",
     "Does LoRA reach full fine-tuning on sentence tasks, and how do BitFit, adapters and the head alone do?",
     "the starter's encoder of 23 M parameters in place of RoBERTa; below the paper's size some steps in place of tens "
-    "of epochs; the starter's tickets by category where no folder of GLUE's is given; the learning rate of each method "
+    "of epochs; the starter set of topics where no folder of GLUE's is given; the learning rate of each method "
     "is one fixed multiple of LoRA's.",
     _of_labels,
     _tell_labels,

@@ -9,7 +9,18 @@ import zipfile
 import pytest
 import torch
 
-from core import Adapter, Evaluated, Finished, LoRAConfig, LoRAError, Step, TrainConfig, inject, lora_layers
+from core import (
+    Adapter,
+    Evaluated,
+    Finished,
+    LoRAConfig,
+    LoRAError,
+    MethodConfig,
+    Step,
+    TrainConfig,
+    inject,
+    lora_layers,
+)
 from studio import __main__ as cli
 from studio import (
     background,
@@ -177,6 +188,8 @@ def test_two_runs_beside_each_other_say_what_differs_and_how_it_went(write_run):
     first, second = made("<b>One", seed=1, learning_rate=3e-4), made("Two", seed=2, learning_rate=3e-4, r=4)
     assert beside.differences(first, second) == [("r", "8", "4"), ("seed", "1", "2")]
     assert beside.differences(first, first) == []
+    in_full = write_run([], dataclasses.replace(first.spec, method=MethodConfig(method="full")))
+    assert beside.differences(first, in_full) == [("method", "lora", "full")]
     page = beside.view(first, second)
     assert "0.1250</td><td>0.2500" in page and "learning_rate" not in page
     assert "&lt;b&gt;One (1)" in page and "<b>One" not in page
