@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import itertools
 import json
 import operator
@@ -260,19 +261,25 @@ class EventWriter:
     def __init__(self, log: EventLog) -> None:
         """Opens the file of `log`, which need not exist."""
         self._fd = os.open(log.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        # Half a line that a crash left would spoil the next one.
+        # Half a line that a crash left would spoil the next one; that of a writer at work is not half for long.
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
         size = os.fstat(self._fd).st_size
         tail = os.pread(self._fd, _MAX_LINE_BYTES, max(0, size - _MAX_LINE_BYTES))
-        if not tail.endswith(b"\n"):  # whole lines are left alone: another may be writing its own behind them
+        if not tail.endswith(b"\n"):
             os.ftruncate(self._fd, size - len(tail) + tail.rfind(b"\n") + 1)
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def write(self, event: Event) -> None:
         """Appends `event` with the time; it is on the disk before the next is written, but for steps and spectra."""
         line = (json.dumps({"time": round(time.time(), 3), **to_record(event)}) + "\n").encode()
-        before = os.fstat(self._fd).st_size
-        if os.write(self._fd, line) < len(line):  # the disk is full: half a line would spoil the next one
-            os.ftruncate(self._fd, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        try:
+            before = os.fstat(self._fd).st_size
+            if os.write(self._fd, line) < len(line):  # the disk is full: half a line would spoil the next one
+                os.ftruncate(self._fd, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
         if not isinstance(event, Step | SpectrumMeasured):
             os.fsync(self._fd)
 
