@@ -318,8 +318,10 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     survey_inputs = [model, max_length, part.chosen, *inputs]
     survey_outputs = [part.look, part.progress, part.cancel, *part.shown]
     last: dict[str, Any] = {"trigger_mode": "always_last", **quiet}
+    closed = lambda: mend.show(None)  # noqa: E731
     changed = [widget.input for widget in typed]
     for event in (*was_read, *retasked):
+        event.success(closed, None, editor.shown, **quiet)  # before rows can be opened: asked last, it would shut one
         event.success(studio.guard(survey_unasked), survey_inputs, survey_outputs, **last)
     gr.on(changed, studio.guard(survey_unasked), survey_inputs, survey_outputs, **last)
     part.check.click(studio.guard(survey), survey_inputs, survey_outputs, **last)
@@ -333,10 +335,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     part.rows.select(studio.guard(open_row), seen, editor.shown, **quiet)
     editor.undo_all.click(studio.guard(mend.ask_undo), editor.opened, editor.asked, **quiet)
     editor.no.click(lambda: gr.Group(visible=False), None, editor.asked[0], queue=False, **quiet)
-    closed = lambda: mend.show(None)  # noqa: E731
-    gr.on([editor.close.click, part.chosen.input, *changed], closed, None, editor.shown, queue=False, **quiet)
-    for event in (*was_read, *retasked):
-        event.success(closed, None, editor.shown, **quiet)
+    gr.on([editor.close.click, *changed], closed, None, editor.shown, queue=False, **quiet)
     for event in (
         editor.save.click(studio.guard(save_mend), [editor.opened, editor.text, max_length], editor.shown, **quiet),
         editor.undo.click(studio.guard(undo_mend), editor.opened, editor.shown, **quiet),

@@ -1,8 +1,10 @@
 """All rows before a step is taken, in a real browser: the cut-off moves, rows are listed, a look can be cancelled."""
 
 import json
+import re
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.browser.test_journey import open_tab
 
@@ -125,7 +127,9 @@ def test_all_mends_are_undone_only_when_that_is_confirmed(page, upload):
     for left in (2, 1):
         page.locator("#checks").get_by_text(f"Rows that cannot be read · {left}").click()
         page.locator("#found .body-cell:visible", has_text="is not valid JSON").first.click()
-        page.locator("#mend-text textarea").fill(json.dumps({"prompt": "Say it.", "completion": f"Said {left}."}))
+        text = page.locator("#mend-text textarea")
+        expect(text).to_have_value(re.compile('"(cut|too)$'), timeout=WAIT)  # else it would come over what is typed
+        text.fill(json.dumps({"prompt": "Say it.", "completion": f"Said {left}."}))
         page.locator("#mend-save").click()
         wait_for(page, "#verdict", f"({3 - left} of them mended)")
     page.locator("#checks").get_by_text("Mended by hand · 2").click()
