@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core import files, loralib
 from core.config import LoRAConfig
-from core.errors import AdapterFileError, LoRAError, listed
+from core.errors import AdapterFileError, LoRAError
 from core.fused import LoRASlice, rows_of
 from core.inject import eject, injection_of, trained_in_full, wrap
 from core.matrices import Factors
@@ -130,10 +130,7 @@ class Adapter:
         if base_model is not None and self.base_model not in (None, base_model):
             problems.insert(0, f"this model is {base_model}")
         if problems:
-            raise AdapterFileError(
-                f"The adapter (made for {self.base_model or 'a model not named'}) must fit the model: "
-                f"{listed(problems)}. Load the base model that it was trained on."
-            )
+            raise AdapterFileError.of_misfits("The adapter", self.base_model, problems)
 
     def _factors_in(self, model: nn.Module) -> dict[str, Factors]:
         modules = dict(model.named_modules())

@@ -26,6 +26,14 @@ class TargetError(LoRAError):
 class AdapterFileError(LoRAError):
     """An adapter's files are missing, damaged or do not fit the model."""
 
+    @classmethod
+    def of_misfits(cls, what: str, base_model: str | None, problems: Iterable[str]) -> Self:
+        """Returns the error that says how `what`, made for `base_model`, does not fit the model at hand."""
+        return cls(
+            f"{what} (made for {base_model or 'a model not named'}) must fit the model: {listed(problems)}. "
+            "Load the base model that it was trained on."
+        )
+
 
 class NonFiniteLossError(LoRAError):
     """The loss or its gradient became NaN or infinite.

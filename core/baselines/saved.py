@@ -75,10 +75,7 @@ class Baseline:
         if base_model is not None and self.base_model not in (None, base_model):
             problems.insert(0, f"this model is {base_model}")
         if problems:
-            raise AdapterFileError(
-                f"What {self.method.method} trained (for {self.base_model or 'a model not named'}) must fit the model: "
-                f"{listed(problems)}. Load the base model that it was trained on."
-            )
+            raise AdapterFileError.of_misfits(f"What {self.method.method} trained", self.base_model, problems)
         return injection
 
     def apply(self, model: nn.Module, *, base_model: str | None = None) -> Injection:

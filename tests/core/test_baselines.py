@@ -449,8 +449,9 @@ def test_what_was_trained_must_fit_the_model_and_all_misfits_are_told_at_once():
     wrong |= {second: torch.zeros(1, 4), "score.weight": torch.zeros(2)}
     with pytest.raises(
         AdapterFileError,
-        match=r"What adapter_p trained \(for tiny\) must fit the model: this model is big; .*down_weight is not in the "
-        r"file; score.weight is not trained by adapter_p here; .*down_bias is \(3,\) in the model and \(1, 4\) in the",
+        match=r"What adapter_p trained \(made for tiny\) must fit the model: this model is big; .*down_weight is not "
+        r"in the file; score.weight is not trained by adapter_p here; .*down_bias is \(3,\) in the model and \(1, 4\) "
+        r"in the",
     ):
         Baseline(found.method, wrong, "tiny").apply(model := made("qwen2"), base_model="big")
     assert method_of(model) is None and all(p.requires_grad for p in model.parameters())
