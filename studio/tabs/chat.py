@@ -84,7 +84,7 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
                 fresh = gr.Button("New conversation", size="md", elem_id="new-talk")
         with gr.Column(scale=4, min_width=320):
             with gr.Row():
-                num = gr.Radio([2, 3, 4], value=3, label="Panes", elem_id="num-panes", min_width=130)
+                num = gr.Radio([2, 3, 4], value=3, label="Panes", elem_id="num-panes", min_width=200)
                 with gr.Column(min_width=180):
                     blind = gr.Checkbox(label="Blind test: shuffled, without names", elem_id="blind")
                     colour = gr.Checkbox(True, label="Colour where it changed its mind", elem_id="colour")
