@@ -22,7 +22,7 @@ from studio.remedies import remedies
 from studio.runs import Run
 from studio.specs import RunSpec
 from studio.state import Studio
-from studio.tabs import chat, data, experiments, forecast, home, labels, model, runs, spectrum, train
+from studio.tabs import chat, data, experiments, forecast, home, labels, learn, model, runs, spectrum, train
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -38,13 +38,14 @@ def build(studio: Studio) -> gr.Blocks:
                 head = gr.HTML(
                     _TITLE,
                     elem_id="head",
-                    js_on_load=watch.JS,
+                    js_on_load=watch.JS + learn.JS,
                     server_functions=[look],
                     run=None,
                 )
             with gr.Column(scale=4, min_width=300):
                 run_id = gr.Dropdown([], label="Run shown in Train, Spectrum, Chat and Take home", elem_id="run")
-        with gr.Tabs() as tabs:
+        learn.build(studio, head)
+        with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Model", id="model"):
                 model_tab = model.build(studio, page)
             with gr.Tab("Data", id="data"):
@@ -223,7 +224,8 @@ def head_line(going: Run | None) -> str:
 
 _TITLE = (
     '<div class="studio-head"><h1>LoRA Studio</h1>'
-    '<span class="sub">Fine-tune a language model, and see what the low-rank update learned</span></div>'
+    '<span class="sub">Fine-tune a language model, and see what the low-rank update learned</span>'
+    f"{learn.LINKS}</div>"
     '<div class="sub-line" id="head-line">Starting …</div>'
 )
 
@@ -267,7 +269,7 @@ def launch(
         inbrowser=False,
         prevent_thread_lock=True,
         theme=theme.theme(),
-        css=theme.CSS,
+        css=theme.CSS + learn.CSS,
         footer_links=[],
         app_kwargs={
             "middleware": [Middleware(doors.Doors, workspace=workspace, host=host, account=account), watch.CALM],

@@ -270,6 +270,27 @@ def test_the_runs_tab_lists_downloads_and_deletes_only_after_a_question(trained,
     assert "finished" in page.locator("#runs-table").inner_text()
 
 
+def test_a_notebook_is_read_in_the_page_and_the_page_is_as_it_was_after_it(trained, server):
+    page = trained
+    open_tab(page, "Runs")
+    page.get_by_role("link", name="Learn", exact=True).press("Enter")
+    page.get_by_role("link", name="What did it actually learn?").click(timeout=WAIT)
+    page.locator("#lesson img").first.wait_for(timeout=WAIT)
+    page.locator("#lesson .katex-display").first.wait_for(timeout=WAIT)
+    page.locator("#lesson code.language-python .token").first.wait_for(timeout=WAIT)
+    assert page.url == server.url + "#learn/02_what_did_it_learn"
+    assert all(page.locator("#lesson img").evaluate_all("(all) => all.map((one) => one.naturalWidth > 100)"))
+    solution = page.locator("#lesson details li").first
+    assert not solution.is_visible() and not page.locator("#runs-table").is_visible()
+    page.locator("#lesson summary").press("Enter")
+    solution.wait_for(timeout=WAIT)
+    page.go_back()
+    page.locator("#lesson img").first.wait_for(state="detached", timeout=WAIT)
+    page.get_by_role("link", name="To the studio").click()
+    page.locator("#runs-table").wait_for(timeout=WAIT)
+    assert "Journey" in page.locator("#runs-table").inner_text() and not page.locator("#lesson").is_visible()
+
+
 # Colours change no sizes: each width once, and the other two where pictures are wanted.
 LOOKS = [
     ("light", 1440, 900),
@@ -296,6 +317,9 @@ def test_no_tab_overflows_the_page(trained, browser, server, scheme, width, heig
             Path(SHOTS).mkdir(parents=True, exist_ok=True)
             file = f"{name.lower().replace(' ', '-')}-{scheme}-{width}.png"
             page.screenshot(path=Path(SHOTS) / file, full_page=width < 600)
+    page.goto(f"{server.url}#learn/02_what_did_it_learn")
+    page.locator("#lesson img").last.wait_for(timeout=WAIT)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
     context.close()
 
 

@@ -12,6 +12,7 @@ from core import (
     LoRAError,
 )
 from studio import app, watch
+from studio.tabs import learn
 from tests.studio.page.pages import build, events, handler, look, update
 
 
@@ -67,6 +68,14 @@ def test_of_the_spectrum_s_sections_only_the_one_that_is_seen_is_drawn_anew(page
         assert [values.count(8) for values in told] == numbers
     looked_at = {target for event in turns for target in event.targets}
     assert not [event.fn for event in events(page, "draw_if_seen") if looked_at & set(event.targets)]
+
+
+def test_learn_is_empty_until_its_address_is_opened(page):
+    (lesson,) = (block for block in page.blocks.values() if block.elem_id == "lesson")
+    assert not lesson.value and lesson.sanitize_html
+    (event,) = events(page, "show_lesson")
+    assert [name for _, name in event.targets] == ["learn"], "and so by nothing that happens when the page is opened"
+    assert event.fn(types.SimpleNamespace(name="")) == learn.page("") != learn.page("no such one")
 
 
 def test_tables_show_text_and_no_markup(page):
