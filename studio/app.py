@@ -14,12 +14,11 @@ from typing import Any
 import gradio as gr
 from starlette.middleware import Middleware
 
-from core import LoRAError, MethodConfig, TrainConfig, resolve_device
-from studio import doors, jobs, theme, watch
+from core import LoRAError, MethodConfig, TrainConfig
+from studio import doors, header, jobs, links, theme, watch
 from studio.data import DataSpec
 from studio.generating import EvaluationSpec
 from studio.remedies import remedies
-from studio.runs import Run
 from studio.specs import RunSpec
 from studio.state import Studio
 from studio.tabs import chat, data, experiments, forecast, home, labels, learn, model, runs, spectrum, train
@@ -38,7 +37,7 @@ def build(studio: Studio) -> gr.Blocks:
                 head = gr.HTML(
                     _TITLE,
                     elem_id="head",
-                    js_on_load=watch.JS + learn.JS,
+                    js_on_load=watch.JS + links.JS + learn.JS,
                     server_functions=[look],
                     run=None,
                 )
@@ -54,7 +53,7 @@ def build(studio: Studio) -> gr.Blocks:
                 train_tab = train.build()
                 _follow_run(studio, head, run_id, train_tab)
             with gr.Tab("Spectrum", id="spectrum") as spectrum_tab:
-                pair = spectrum.build(studio, run_id, spectrum_tab.select)
+                looked_at = spectrum.build(studio, run_id, spectrum_tab.select)
             with gr.Tab("Chat", id="chat") as chat_tab:
                 with gr.Column() as talk:
                     chat.build(studio, run_id, chat_tab.select)
@@ -63,7 +62,10 @@ def build(studio: Studio) -> gr.Blocks:
                 runs.build(studio, run_id, runs_tab.select, tabs)
                 experiments.build(studio)
             with gr.Tab("Take home", id="home") as home_tab:
-                home.build(studio, run_id, home_tab.select, runs.picker, [tabs, *pair.outputs], pair.show)
+                home.build(
+                    studio, run_id, home_tab.select, runs.picker, [tabs, *looked_at.pair.outputs], looked_at.pair.show
+                )
+        _open(studio, page, run_id, tabs, looked_at)
         _wire(studio, page, head, run_id, model_tab, data_tab, train_tab, train_page)
     return page
 
@@ -82,6 +84,31 @@ def _controls(studio: Studio, run: str | None) -> list[Any]:
     return train.controls(studio.runs.get(run) if run else None)
 
 
+def _open(studio: Studio, page: gr.Blocks, run_id: Any, tabs: Any, looked_at: spectrum.SpectrumTab) -> None:
+    """Has a page open at what its address asks for; else at the run that is going on, or the newest."""
+    names, sections = ([tab.id for tab in of.children if isinstance(tab, gr.Tab)] for of in (tabs, looked_at.sections))
+
+    def opened(request: gr.Request) -> list[Any]:
+        view, problems = links.read(studio, request.query_params, names, sections)
+        listed = studio.runs.list()
+        going = next((run.id for run in listed if run.is_running()), None)
+        value = view.run or going or (listed[0].id if listed else None)
+        shown = [gr.skip()] * len(looked_at.outputs)
+        if view.tab == "spectrum" and value:
+            try:
+                shown = looked_at.open(value, view.section, view.module)
+            except LoRAError as error:
+                problems.append(str(error))
+        for problem in dict.fromkeys(problems):
+            gr.Warning(escape(problem), duration=None, title="The page's address")
+        chosen = gr.Dropdown(choices=runs.choices(studio, listed), value=value)
+        return [chosen, gr.Tabs(selected=view.tab) if view.tab else gr.skip(), *shown]
+
+    outputs = [run_id, tabs, *looked_at.outputs]
+    options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
+    page.load(studio.guard(opened), None, outputs, **options)
+
+
 def _wire(
     studio: Studio,
     page: gr.Blocks,
@@ -96,14 +123,6 @@ def _wire(
     inputs = [*model_tab.inputs, *data_tab.inputs, data_tab.max_length, *train_tab.form.widgets]
     inputs += train_tab.method.widgets + train_tab.evaluation.widgets
     num_train, num_method = len(train_tab.form.widgets), len(train_tab.method.widgets)
-
-    def opened(request: gr.Request) -> Any:
-        listed = studio.runs.list()
-        asked = dict(request.query_params).get("run")
-        ids = [run.id for run in listed]
-        going = next((run.id for run in listed if run.is_running()), None)
-        value = asked if asked in ids else going or (ids[0] if ids else None)
-        return gr.Dropdown(choices=runs.choices(studio, listed), value=value)
 
     def turned(run: str | None) -> list[Any]:
         listed = runs.choices(studio, studio.runs.list())
@@ -153,7 +172,6 @@ def _wire(
         return studio.guard(done)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-    page.load(studio.guard(opened), None, run_id, **quiet)
     gr.on([page.load, train_page.select], studio.guard(train.gpu_choices), None, train_tab.gpus, **quiet)
     last: dict[str, Any] = {"trigger_mode": "always_last"}  # of ticks that follow fast, none is lost
     train_tab.gpus.input(studio.guard(train.device_of), train_tab.gpus, train_tab.device, queue=False, **last, **quiet)
@@ -199,27 +217,19 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
         asked: A table with `run`, the id of the run that the page shows, and `train`, whether the tab is open.
     """
     listed = studio.runs.list()
+    rows = studio.shown.each(listed, runs.labelled_row)
+    statuses = [status for _, _, status, *_ in rows]
     run = next((run for run in listed if run.id == asked["run"]), None)
-    going = next((run for run in listed if run.is_running()), None)
-    parts = {"head-line": head_line(going)}
+    going = next((run for run, status in zip(listed, statuses, strict=True) if status == "running"), None)
+    parts = {"head-line": header.line(going, statuses, studio.loaded)}
     if run is not None and asked["train"]:
         run.note_killed()
     if asked["train"]:
         parts |= train.view(run)
-    turn = [runs.choices(studio, listed), run.stop_asked if run else ""]
+    turn = [[row[0] for row in rows], [run.id for run in listed], run.stop_asked if run else ""]
     is_cpu_busy = going is not None and going.log.started is not None and going.log.started.device == "cpu"
     seconds = watch.LOOK_SECONDS_ON_CPU if is_cpu_busy else watch.LOOK_SECONDS
     return {"parts": parts, "turn": json.dumps(turn), "every": 1000 * seconds}
-
-
-def head_line(going: Run | None) -> str:
-    """Returns HTML of where training would run, and of the run that is going on."""
-    device = str(resolve_device("auto"))
-    if going is None:
-        return escape(f"Device: {device} · nothing is training")
-    going.log.read()
-    step = going.log.steps[-1].step if going.log.steps else 0
-    return escape(f"Device: {device} · training “{going.spec.name}”, step {step} of {going.spec.train.steps}")
 
 
 _TITLE = (

@@ -260,6 +260,11 @@ class Studio:
                     known[path] = error  # such as of an expert whose stack is stored in pieces
             yield known
 
+    @property
+    def loaded(self) -> str | None:
+        """The model that is held in memory to answer with, if one is."""
+        return next((model for model, *_ in [*self._kept["engine"]]), None)
+
     def engine(self, run: Run) -> Engine:
         """Returns the engine of a run's base model, which finds the adapters of all runs on that model."""
         run.spec.must_write("a chat")

@@ -77,6 +77,9 @@ CSS = f"""
 .studio-head h1 {{ font-size: 1.35rem; font-weight: 700; margin: 0; letter-spacing: -.01em; }}
 .studio-head .sub {{ color: var(--body-text-color-subdued); font-size: .9rem; }}
 .sub-line {{ color: var(--body-text-color-subdued); font-size: .85rem; font-variant-numeric: tabular-nums; }}
+#head-line {{ display: flex; flex-wrap: wrap; gap: .1rem 1.25rem; margin-top: .15rem; }}
+#head-line > div {{ display: flex; align-items: center; gap: .5rem; min-width: 0; overflow-wrap: anywhere; }}
+#head-line .progress {{ flex: 0 0 5rem; margin: 0; }}
 .facts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .6rem 1rem; margin: 0; }}
 .facts div {{ min-width: 0; }}
 .facts dt {{ color: var(--body-text-color-subdued); font-size: .8rem; }}
@@ -88,6 +91,9 @@ CSS = f"""
 .said p {{ margin: .2rem 0; }}
 .command {{ margin: .75rem 0 0; font-size: .85rem; color: var(--body-text-color-subdued); }}
 .command code {{ user-select: all; overflow-wrap: anywhere; }}
+.link {{ display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .6rem; margin: .75rem 0 0;
+  font-size: .85rem; }}
+.link a {{ color: var(--body-text-color); }}
 .chip {{ display: inline-block; border-radius: 999px; padding: .05rem .6rem; font-size: .8rem; font-weight: 600;
   border: 1px solid currentColor; }}
 .chip.running {{ color: var(--adapted); }} .chip.finished {{ color: #2e7d4f; }}
@@ -140,9 +146,9 @@ CSS = f"""
 .figure {{ overflow-x: auto; }}
 .view .html-container {{ padding: 0 !important; }}
 .picture .below {{ display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .5rem 0; }}
-.picture button {{ font-size: .8rem; padding: .15rem .6rem; border: 1px solid var(--border-color-primary);
+:is(.picture, .link) button {{ font-size: .8rem; padding: .15rem .6rem; border: 1px solid var(--border-color-primary);
   border-radius: 999px; background: none; color: var(--body-text-color-subdued); cursor: pointer; }}
-.picture button:is(:hover, :focus-visible) {{ color: var(--body-text-color); border-color: currentColor; }}
+:is(.picture, .link) button:is(:hover, :focus-visible) {{ color: var(--body-text-color); border-color: currentColor; }}
 .picture rect[data-name] {{ cursor: pointer; }}
 .picture rect[data-name]:hover {{ stroke: var(--body-text-color); stroke-width: 1.2; }}
 .picture summary {{ cursor: pointer; font-size: .85rem; color: var(--body-text-color-subdued); }}
@@ -208,13 +214,17 @@ def said(sentences: str | list[str], kind: str = "") -> str:
     return f'<div class="said {kind}" role="status">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>'
 
 
-def progress(done: int, total: int, what: str) -> str:
-    """Returns HTML of how far something is: so many of so many `what`."""
+def bar(done: int, total: int, label: str) -> str:
+    """Returns HTML of a bar that is filled to `done` of `total`; `label` says of what."""
     return (
         f'<div class="progress" role="progressbar" aria-valuenow="{done}" aria-valuemax="{total}" '
-        f'aria-label="{escape(what)}"><span style="width:{100 * done / max(1, total):.1f}%"></span></div>'
-        f'<div class="sub-line">{done:,} of {total:,} {escape(what)}</div>'
+        f'aria-label="{escape(label)}"><span style="width:{100 * done / max(1, total):.1f}%"></span></div>'
     )
+
+
+def progress(done: int, total: int, what: str) -> str:
+    """Returns HTML of how far something is: so many of so many `what`."""
+    return f'{bar(done, total, what)}<div class="sub-line">{done:,} of {total:,} {escape(what)}</div>'
 
 
 def chip(status: str) -> str:

@@ -12,7 +12,7 @@ import gradio as gr
 import numpy as np
 
 from core import LoRAError, MethodConfig, settings
-from studio import beside, evaluation, label_metrics, theme
+from studio import beside, evaluation, label_metrics, links, theme
 from studio.event_log import EventLog
 from studio.generating import EvaluationSpec
 from studio.metrics import TASKS
@@ -122,6 +122,7 @@ def details(run: Run) -> str:
                 *([("Begins with", spec.continues)] if spec.continues else []),
             ]
         )
+        + links.View(run.id, "runs").link()
         + theme.command("Train the same again", command(run))
         + measured(run)
     )

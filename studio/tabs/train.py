@@ -219,10 +219,7 @@ def status_view(run: Run, status: str) -> str:
     log, spec = run.log, run.spec
     step, steps = (log.steps[-1].step if log.steps else 0), spec.train.steps
     parts = [f'<div class="studio-head"><strong>{escape(spec.name)}</strong> {theme.chip(status)}</div>']
-    parts.append(
-        f'<div class="progress" role="progressbar" aria-valuenow="{step}" aria-valuemax="{steps}" '
-        f'aria-label="Training progress"><span style="width:{100 * step / steps:.1f}%"></span></div>'
-    )
+    parts.append(theme.bar(step, steps, "Training progress"))
     pairs = [("Step", f"{step} of {steps}")]
     if spec.method.method != "lora":
         pairs.append(("Method", spec.method.title))

@@ -300,7 +300,7 @@ def test_with_the_password_the_page_is_there(public, password):
     with httpx.Client(base_url=public.http.base_url, auth=("ada", password), timeout=60, trust_env=False) as client:
         assert "gradio_config" in client.get("/").text
         page = Page(client, "signed-in")
-        assert "nothing is training" in page.look("", train=False)["head-line"]
+        assert "Nothing is training" in page.look("", train=False)["head-line"]
         shown = page.run(page.event(inputs=["data-kind"]), "My own file")
     assert [part["visible"] for part in shown] == [False, True, False]
 

@@ -25,9 +25,26 @@ class Pair:
     show: Callable[[Run, Run], list[Any]]
 
 
-def build(studio: Studio, run_id: Any, selected: Any) -> Pair:
+@dataclass(frozen=True)
+class SpectrumTab:
+    """The tab's parts that others use.
+
+    Attributes:
+        sections: The `gr.Tabs` of the sections.
+        pair: How another tab shows two runs.
+        outputs: What an event sets that opens one view.
+        open: open(run, section, module) returns what it sets them to; "" is what would be shown anyway.
+    """
+
+    sections: Any
+    pair: Pair
+    outputs: list[Any]
+    open: Callable[[str, str, str], list[Any]]
+
+
+def build(studio: Studio, run_id: Any, selected: Any) -> SpectrumTab:
     """Draws the tab for the run that `run_id` holds; `selected` is the event that the tab is opened."""
-    source, chosen, view, files = chooser.build(studio, run_id, selected)
+    source, chosen, view, files, of_run, shown = chooser.build(studio, run_id, selected)
     section = gr.State("overview")
     with gr.Column(visible=False) as body, gr.Tabs(elem_id="sections") as sections:
         frame = Frame(studio, source, chosen, view, files, section, sections)
@@ -48,4 +65,10 @@ def build(studio: Studio, run_id: Any, selected: Any) -> Pair:
     frame.follow()
     is_open: dict[str, Any] = {"queue": False, "show_progress": "hidden", **PRIVATE}
     source.change(lambda place: gr.Column(visible=place is not None), source, body, **is_open)
-    return Pair([sections, other], lambda a, b: [gr.Tabs(selected="compare"), compare.choice(studio, a, b)])
+    pair = Pair([sections, other], lambda a, b: [gr.Tabs(selected="compare"), compare.choice(studio, a, b)])
+
+    def open_at(run: str, name: str, module: str) -> list[Any]:
+        places = [gr.Tabs(selected=name), name] if name else [gr.skip(), gr.skip()]
+        return [*of_run(run, module), *places]
+
+    return SpectrumTab(sections, pair, [*shown, sections, section], open_at)

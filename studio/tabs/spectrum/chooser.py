@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,13 @@ def about(opened: Opened) -> str:
     return theme.said(words, "warn" if len(words) > 1 else "")
 
 
-def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, Any]:
-    """Draws the choices; returns `source`, `matrix`, `view` and `files` of `Frame`."""
+def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, Any, Callable[..., Any], list[Any]]:
+    """Draws the choices.
+
+    Returns:
+        `source`, `matrix`, `view` and `files` of `Frame`; a function that returns how a run, and a matrix of it, is
+        shown; and the components that show it.
+    """
     source, view, files = gr.State(None), gr.State(None), gr.State(())
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=280):
@@ -89,12 +95,12 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, An
             open_it = gr.Button("Open", variant="primary", elem_id="open-files")
             back = gr.Button("Back to the run above")
 
-    def of_run(run: str | None) -> Any:
+    def of_run(run: str | None, module: str | None = None) -> Any:
         if not run or not studio.runs.get(run).has_adapter:
             return None, theme.said("No adapter yet. Train one, and this page shows what it learned."), gr.skip()
         if not studio.runs.get(run).has_lora:
             return None, theme.said(no_update(studio.runs.get(run))), gr.skip()
-        return look(Source(run), None)
+        return look(Source(run), module)
 
     def look(wanted: Source, chosen: str | None) -> Any:
         place = studio.place_of(wanted)
@@ -105,6 +111,11 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, An
 
     def follow(run: str | None, place: Any, chosen: str | None) -> Any:
         if place is not None and place[0].run in ("", run):  # the tab was left and is seen again
+            return look(place[0], chosen)
+        return of_run(run)
+
+    def follow_run(run: str | None, place: Any, chosen: str | None) -> Any:
+        if place is not None and place[0].run == run:  # the page was opened at a matrix of this run
             return look(place[0], chosen)
         return of_run(run)
 
@@ -124,7 +135,7 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, An
     shown = [source, said, matrix]
     hidden = {"show_progress": "hidden", **PRIVATE}
     selected(studio.guard(follow), [run_id, source, matrix], shown, **hidden)
-    run_id.change(studio.guard(of_run), run_id, shown, **hidden)
+    run_id.change(studio.guard(follow_run), [run_id, source, matrix], shown, **hidden)
     again.click(studio.guard(read_again), [run_id, source, matrix], shown, **hidden)
     upload.upload(studio.guard(take), upload, path, **hidden)
     given = [files, path, scaling, parts, model]
@@ -132,4 +143,4 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, An
     back.click(studio.guard(of_run), run_id, shown, **hidden)
     # Through the queue: of a State that is set past it no page is told.
     gr.on([source.change, matrix.change], studio.guard(see), [source, matrix], view, **hidden)
-    return source, matrix, view, files
+    return source, matrix, view, files, of_run, shown

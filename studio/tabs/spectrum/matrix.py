@@ -18,6 +18,7 @@ from core import (
     random_sigma,
 )
 from studio import theme
+from studio.links import View
 from studio.opened import Opened
 from studio.pictures import Picture, recipe
 from studio.state import Studio
@@ -262,7 +263,8 @@ def build(frame: Frame, tab: Any) -> None:
 
     def show_bars(opened: Opened, path: str, axis: str) -> tuple[str, str]:
         found = studio.spectra(opened)[path][1]
-        return frame.put(sigma_picture(opened, studio, path, log=axis == "log")), matrix_facts(found)
+        link = View(opened.run.id, "spectrum", module=path).link() if opened.run else ""
+        return frame.put(sigma_picture(opened, studio, path, log=axis == "log")), matrix_facts(found) + link
 
     def show_weight(opened: Opened, path: str) -> Iterator[list[Any]]:
         try:

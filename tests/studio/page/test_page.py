@@ -11,7 +11,7 @@ from gradio.helpers import special_args
 from core import (
     LoRAError,
 )
-from studio import app, watch
+from studio import watch
 from studio.tabs import learn
 from tests.studio.page.pages import build, events, handler, look, update
 
@@ -30,10 +30,10 @@ def test_a_damaged_run_hinders_neither_the_page_nor_its_lists(what, damage, stud
     damaged = damage(what)
     page = build(studio)
     chosen = handler(page, "opened", "run")(types.SimpleNamespace(query_params={}))
-    assert update(chosen)["choices"] == [(f"{damaged.id} · damaged", damaged.id)]
+    assert update(chosen[0])["choices"] == [(f"{damaged.id} · damaged", damaged.id)]
     table, ids = handler(page, "fill")()
     assert table["data"][0][:2] == [damaged.id, "damaged"] and ids == [damaged.id]
-    assert "nothing is training" in app.head_line(studio.runs.running())
+    assert "Nothing is training" in look(page, damaged.id)["parts"]["head-line"]
 
 
 @pytest.mark.parametrize("what", ["events.jsonl", "spec.json"])
