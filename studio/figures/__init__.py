@@ -13,4 +13,4 @@ from studio.figures.spectra import profile_figure, sigma_figure
 from studio.figures.subspaces import intruder_figure, similarity_figure
 from studio.figures.surgery import rank_loss_figure
 from studio.figures.training import mark_places, training_figure
-from studio.figures.weights import alignment_figure, weight_figure
+from studio.figures.weights import alignment_figure, enrichment_figure, weight_figure

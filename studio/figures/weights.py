@@ -1,4 +1,4 @@
-"""A frozen weight W: its own spectrum, and how the directions of ΔW lie towards its strongest ones."""
+"""A frozen weight W: its own spectrum, how ΔW's directions lie towards its strongest, and how much of W is in them."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,9 @@ from studio.figures.style import (
     finished,
     log_scale,
     new_figure,
+    number_text,
     sentence_figure,
+    shortened,
     style_axes,
     ticks,
 )
@@ -102,6 +104,48 @@ def alignment_figure(sides: Mapping[str, tuple[Any, int]], *, title: str = "") -
     panels[0].set_ylabel("share of their length²", **TEXT)
     add_legend(figure, handles, loc="upper left", bbox_to_anchor=(0.01, 1 - 21 / 240))
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 18 / 240))  # which leaves the legend its row
+    return finished(figure)
+
+
+def enrichment_figure(panels: Mapping[str, tuple[int, Mapping[str, tuple[float, float]]]], *, title: str = "") -> Plot:
+    """Returns how much of W lies in ΔW's directions, between chance and the most there is: a line a matrix.
+
+    Args:
+        panels: Title → (r, name of a matrix → ‖Uᵀ·W·V‖ in multiples of chance for the top-r directions of ΔW, and for
+            those of W). All panels have the same matrices.
+        title: Shown as it stands.
+    """
+    title = title or "How much of W lies in ΔW's directions"
+    names = list(dict.fromkeys(name for _, rows in panels.values() for name in rows))
+    if not names:
+        return sentence_figure(title, "ΔW is zero: it has no directions yet.")
+    height = 105 + 17 * len(names)
+    figure = new_figure(title, height)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False).flatten()
+    handles: list[Any] = []
+    for panel, (name, (r, rows)) in zip(axes, panels.items(), strict=True):
+        style_axes(panel, "", "")
+        places = [names.index(row) for row in rows]
+        delta, weight = array(list(rows.values())).T
+        spread = 2 / (math.sqrt(2) * r)  # of random directions, 19 of 20 lie within
+        area = panel.axvspan(max(0.1, 1 - spread), 1 + spread, color=CHANCE, alpha=0.3, linewidth=0)
+        area.set_label("19 of 20 by chance")
+        chance = panel.axvline(1, color=CHANCE, linestyle="--", linewidth=1.6, label="chance")
+        panel.hlines(places, np.minimum(delta, 1), weight, colors=INK, alpha=0.4, linewidth=1)
+        style: dict[str, Any] = {"linestyle": "", "markersize": 6}
+        handles = [chance, area]
+        handles += panel.plot(delta, places, color=ADAPTED, marker="o", label="ΔW's", **style)
+        handles += panel.plot(weight, places, color=BASE, marker="s", label="W's own top r", **style)
+        panel.grid(visible=False)
+        panel.set_xscale("log")
+        panel.minorticks_off()
+        panel.xaxis.set_major_formatter(FuncFormatter(number_text))
+        panel.set_title(name, loc="left", pad=3, **TEXT)
+    axes[0].set_yticks(range(len(names)), [shortened(name, 22) for name in names])
+    axes[0].set_ylim(len(names) - 0.4, -0.6)
+    figure.supxlabel("‖UᵀWV‖ of these directions, × chance (log)", **TEXT)
+    add_legend(figure, handles, loc="upper left", bbox_to_anchor=(0.01, 1 - 21 / height))
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - 18 / height))  # which leaves the legend its row
     return finished(figure)
 
 

@@ -18,6 +18,7 @@ from core import Factors, LoRAError, Spectrum, random_sigma, spectrum
 from studio.figures import (
     alignment_figure,
     damping_figure,
+    enrichment_figure,
     heat_figure,
     intruder_figure,
     loss_figure,
@@ -82,6 +83,9 @@ def gallery():
         "profile": profile_figure(spectra()),
         "profile with chance": profile_figure(spectra(), chance=nulls()),
         "profile of one": profile_figure({"a.0.q": [1.0, 0.5]}, log=False, title="one"),
+        "enrichment": enrichment_figure(
+            {f"r = {r}": (r, {f"layer {i}, q_proj": (1 + i / r, 1000.0 / r) for i in range(9)}) for r in (1, 64)}
+        ),
         "loss": loss_figure([1, 2, 3], [3.0, NAN, 2.0], [0, 3], [3.1, 2.1]),
         "loss, none": loss_figure([], [], [], []),
     }
@@ -450,6 +454,30 @@ def test_shares_of_w_s_directions_rise_from_none_to_all_and_chance_is_a_straight
     assert len(writes.lines[1].get_ydata()) == 10
     assert reads.get_ylim()[1] > 100 and writes.get_ylim() == reads.get_ylim(), "both sides are seen whole"
     assert "no directions yet" in texts(alignment_figure({"reads": (torch.zeros(0, 10), 40)}))
+
+
+def test_w_in_the_directions_of_dw_is_drawn_between_chance_with_its_spread_and_w_s_own():
+    rows = {"layer 0, q_proj": (0.9, 30.0), "GPT-3": (15.9, 1070.0)}
+    figure = enrichment_figure({"r = 4": (4, rows), "r = 64": (64, dict(reversed(rows.items())))})
+    few, many = figure.axes
+    chance, delta, weight = few.lines
+    assert chance.get_xdata() == [1, 1] and delta.get_xdata().tolist() == [0.9, 15.9]
+    assert weight.get_xdata().tolist() == [30.0, 1070.0]
+    assert many.lines[1].get_ydata().tolist() == [1, 0], "a matrix has its own line in all panels"
+    assert [label.get_text() for label in few.get_yticklabels()] == list(rows)
+    left, right = (panel.patches[0].get_extents().transformed(panel.transData.inverted()) for panel in (few, many))
+    draws = [random_directions_hold(4, seed) for seed in range(400)]
+    inside = np.mean([left.x0 < share < left.x1 for share in draws])
+    assert 0.92 < inside < 0.98 and right.width < left.width / 10, "19 of 20 random directions lie in the band"
+    assert "no directions yet" in texts(enrichment_figure({"r = 4": (4, {})}))
+
+
+def random_directions_hold(r: int, seed: int) -> float:
+    """Returns how much of a random W random directions hold, in multiples of the mean."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(40, 48, generator=generator, dtype=torch.float64)
+    U, V = (torch.linalg.qr(torch.randn(n, r, generator=generator, dtype=torch.float64))[0] for n in W.shape)
+    return float((U.T @ W @ V).norm() / (r * W.norm() / math.sqrt(W.numel())))
 
 
 def test_panels_of_similarity_share_one_scale_and_say_their_mean():
