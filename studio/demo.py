@@ -1,5 +1,6 @@
 """The whole journey without a browser: train, look at the spectrum, compare answers before and after."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from studio.workspace import Workspace
 
 NUM_ANSWERS = 3
 MAX_NEW_TOKENS = 96
+MAX_EVAL_ROWS = 16
+"""So few that measuring takes no longer than training."""
 
 
 def demo(workspace: Workspace, *, model: str, source: str, steps: int) -> int:
@@ -28,7 +31,7 @@ def demo(workspace: Workspace, *, model: str, source: str, steps: int) -> int:
     table = read_table(source, workspace)
     rows = data.guess_spec(table, source, has_chat_template=bool(getattr(tokenizer, "chat_template", None)))
     settings = TrainConfig(steps=steps, batch_size=8, warmup_steps=min(5, steps), eval_every=max(1, steps // 4))
-    spec = RunSpec(f"Demo: {table.name}", model, rows, LoRAConfig(r=8), settings)
+    spec = RunSpec(f"Demo: {table.name}", model, replace(rows, max_eval_rows=MAX_EVAL_ROWS), LoRAConfig(r=8), settings)
     runs = Runs(workspace)
     run = jobs.start(runs, spec)
     print(f"Run {run.id} in {run.folder}", flush=True)

@@ -16,13 +16,11 @@ from studio.checkpoints import TRAINING_FILE
 from studio.runs import Run, Runs
 from studio.specs import RunSpec
 
-STEPS = 200
-
 
 @pytest.fixture
-def spec(tiny_folder, tiny_data) -> RunSpec:
+def spec(tiny_folder, tiny_data, steps) -> RunSpec:
     train = TrainConfig(
-        steps=STEPS,
+        steps=steps,
         batch_size=2,
         learning_rate=5e-3,
         eval_every=10,
@@ -79,13 +77,13 @@ def wait_for_a_step(run: Run, since: float, child: "subprocess.Popen[bytes]") ->
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("num_kills", [2, pytest.param(60, marks=pytest.mark.slow)])
-def test_kills_at_random_moments_cost_nothing(num_kills, workspace, spec):
+@pytest.mark.parametrize(("num_kills", "steps"), [(2, 60), pytest.param(60, 200, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_cost_nothing(num_kills, steps, workspace, spec):
     runs = Runs(workspace)
     whole = runs.create(spec)
     assert start(whole).wait() == 0
     expected, adapter = steps_and_evaluations(whole), Adapter.load(whole.adapter_folder).factors
-    assert len(expected) == STEPS + STEPS // 10 + 1
+    assert len(expected) == steps + steps // 10 + 1
 
     def check_end(run: Run) -> None:
         assert run.status == "finished"
