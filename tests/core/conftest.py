@@ -1,6 +1,6 @@
 """Tiny models with random weights, shared by the tests of `core`; nothing is read from disk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -49,15 +49,6 @@ def _mixtral(**changes: object) -> nn.Module:
     experts = {"num_local_experts": 3, "num_experts_per_tok": 3, "experts_implementation": "eager"}
     values = {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "initializer_range": 0.2} | sizes | experts | changes
     return MixtralForCausalLM(MixtralConfig(max_position_embeddings=64, **values))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On models this small a second thread only waits, for long where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

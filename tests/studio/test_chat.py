@@ -38,14 +38,6 @@ MERGED_TOLERANCE = 1e-4
 """On logits of size 10 in float32: W0·x + ΔW·x is rounded otherwise than (W0 + ΔW)·x, no more."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def loaded(tiny_folder, tmp_path_factory):
     from studio.workspace import Workspace

@@ -53,10 +53,7 @@ def runs(workspace, monkeypatch):
 def alone():
     """alone(run): takes the run to its end in this process."""
     before = {number: signal.getsignal(number) for number in worker.SIGNALS}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield lambda run: worker.main([str(run.folder)])
-    torch.set_num_threads(threads)
     for number, handler in before.items():
         signal.signal(number, handler)
 

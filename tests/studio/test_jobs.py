@@ -65,10 +65,7 @@ def work(workspace):
         return worker.main([str(run.folder)]), run
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield run_worker
-    torch.set_num_threads(threads)
     for number, handler in before.items():
         signal.signal(number, handler)
 

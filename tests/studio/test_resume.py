@@ -59,10 +59,7 @@ def runs(workspace) -> Runs:
 @pytest.fixture(autouse=True)
 def as_it_was():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
     for number, handler in before.items():
         signal.signal(number, handler)
     for child in jobs._children:
