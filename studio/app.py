@@ -21,7 +21,7 @@ from studio.generating import EvaluationSpec
 from studio.remedies import remedies
 from studio.specs import RunSpec
 from studio.state import Studio
-from studio.tabs import chat, data, experiments, forecast, home, labels, learn, model, runs, spectrum, train
+from studio.tabs import chat, data, experiments, forecast, guide, home, labels, learn, model, runs, spectrum, train
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -44,7 +44,9 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Column(scale=4, min_width=300):
                 run_id = gr.Dropdown([], label="Run shown in Train, Spectrum, Chat and Take home", elem_id="run")
         learn.build(studio, head)
-        with gr.Tabs(elem_id="tabs") as tabs:
+        with gr.Tabs(elem_id="tabs", selected="model") as tabs:
+            with gr.Tab("Start", id="start"):
+                guide.build(studio, run_id, tabs)
             with gr.Tab("Model", id="model"):
                 model_tab = model.build(studio, page)
             with gr.Tab("Data", id="data"):
@@ -85,7 +87,7 @@ def _controls(studio: Studio, run: str | None) -> list[Any]:
 
 
 def _open(studio: Studio, page: gr.Blocks, run_id: Any, tabs: Any, looked_at: spectrum.SpectrumTab) -> None:
-    """Has a page open at what its address asks for; else at the run that is going on, or the newest."""
+    """Has a page open at what its address asks for; else at the run that is going on, or the newest, or at Start."""
     names, sections = ([tab.id for tab in of.children if isinstance(tab, gr.Tab)] for of in (tabs, looked_at.sections))
 
     def opened(request: gr.Request) -> list[Any]:
@@ -93,6 +95,8 @@ def _open(studio: Studio, page: gr.Blocks, run_id: Any, tabs: Any, looked_at: sp
         listed = studio.runs.list()
         going = next((run.id for run in listed if run.is_running()), None)
         value = view.run or going or (listed[0].id if listed else None)
+        if not listed and not view.tab:
+            view = replace(view, tab="start")
         shown = [gr.skip()] * len(looked_at.outputs)
         if view.tab == "spectrum" and value:
             try:
@@ -279,7 +283,7 @@ def launch(
         inbrowser=False,
         prevent_thread_lock=True,
         theme=theme.theme(),
-        css=theme.CSS + learn.CSS,
+        css=theme.CSS + learn.CSS + guide.CSS,
         footer_links=[],
         app_kwargs={
             "middleware": [Middleware(doors.Doors, workspace=workspace, host=host, account=account), watch.CALM],

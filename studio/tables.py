@@ -75,6 +75,7 @@ class Starter:
         change: What training on it should visibly change.
         mapping: The settings of a `DataSpec` that fit it.
         examples: Prompts to try before and after.
+        task: What is learned from it; see `DataSpec`.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Starter:
     change: str
     mapping: dict[str, str]
     examples: list[Any]
+    task: str = "causal"
 
     @property
     def source(self) -> str:
@@ -95,7 +97,8 @@ def list_starters() -> list[Starter]:
     for path in sorted(STARTERS.glob("*/about.json")):
         about = json.loads(path.read_text(encoding="utf-8"))
         mapping = {k: about[k] for k in ("layout", "prompt", "completion", "messages", "instruction") if about.get(k)}
-        found.append(Starter(path.parent.name, about["title"], about["change"], mapping, about.get("examples", [])))
+        examples, task = about.get("examples", []), about.get("task", "causal")
+        found.append(Starter(path.parent.name, about["title"], about["change"], mapping, examples, task))
     return found
 
 

@@ -175,6 +175,18 @@ SPECTRUM = ("σ₁ of ΔW, mean over matrices", "Effective rank of ΔW, mean")
 """What `Spectra.means` gives, in its order."""
 
 
+def losses(log: EventLog) -> str:
+    """Returns HTML of a chart of the loss, of the rows that are trained on and of those held out."""
+    steps, last = log.steps.columns(), log.evaluations[-1] if log.evaluations else None
+    curves = [
+        live.Curve("training", ADAPTED_SOFT, np.stack([steps["step"], steps["loss"]], axis=1)),
+        live.Curve("held-out rows", ADAPTED, [(e.step, e.loss) for e in log.evaluations], dots=True, thickness=2),
+    ]
+    is_of_rows = last is not None and bool(last.metrics)
+    unit = "" if last is not None and "pearson" in last.metrics else " (nats)" if is_of_rows else " (nats per token)"
+    return live.chart(f"Loss{unit}", curves, height=260, empty="It appears after the first step.")
+
+
 def charts(log: EventLog) -> str:
     """Returns HTML of the loss and, below it, the four small charts, and two of ΔW where it was measured."""
     steps = log.steps.columns()
@@ -182,15 +194,9 @@ def charts(log: EventLog) -> str:
     def points(values: np.ndarray) -> np.ndarray:
         return np.stack([steps["step"], values], axis=1)
 
-    losses = [
-        live.Curve("training", ADAPTED_SOFT, points(steps["loss"])),
-        live.Curve("held-out rows", ADAPTED, [(e.step, e.loss) for e in log.evaluations], dots=True, thickness=2),
-    ]
     last = log.evaluations[-1] if log.evaluations else None
-    is_of_rows = last is not None and bool(last.metrics)
-    unit = "" if last is not None and "pearson" in last.metrics else " (nats)" if is_of_rows else " (nats per token)"
-    drawn = live.chart(f"Loss{unit}", losses, height=260, empty="It appears after the first step.")
-    if last is not None and is_of_rows:
+    drawn = losses(log)
+    if last is not None and last.metrics:
         scores = [
             live.Curve(label_metrics.TITLES.get(name, name), color, _scores(log, name), dots=True, thickness=2)
             for name, color in zip(_first(last.metric, last.metrics), SCORE_COLORS, strict=False)

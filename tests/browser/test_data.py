@@ -17,7 +17,7 @@ def page(browser, server):
     page = context.new_page()
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.goto(server.url)
+    page.goto(f"{server.url}?tab=model")
     page.wait_for_selector("text=134,515,008", timeout=WAIT)
     open_tab(page, "Data")
     page.wait_for_selector("#lengths svg", timeout=WAIT)

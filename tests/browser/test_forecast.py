@@ -12,7 +12,7 @@ def test_what_a_run_will_take_follows_the_form_is_made_to_fit_and_is_measured(br
     page = browser.new_context(viewport={"width": 1440, "height": 900}).new_page()
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(server.url)
+    page.goto(f"{server.url}?tab=model")
     page.wait_for_selector("text=134,515,008", timeout=WAIT)
     open_tab(page, "Train")
 
@@ -65,7 +65,7 @@ def test_the_method_brings_its_own_settings_and_the_bars_are_its(browser, server
     page = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(server.url)
+    page.goto(f"{server.url}?tab=model")
     page.wait_for_selector("text=134,515,008", timeout=WAIT)
     open_tab(page, "Train")
 

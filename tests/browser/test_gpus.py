@@ -17,7 +17,7 @@ def test_ticked_gpus_become_the_device_of_the_run(server_after, workspace_folder
     server = server_after(THREE_GPUS)
     context = browser.new_context(viewport={"width": 1440, "height": 900})
     page = context.new_page()
-    page.goto(server.url)
+    page.goto(f"{server.url}?tab=model")
     page.wait_for_selector("text=134,515,008", timeout=WAIT)
     page.get_by_role("tab", name="Train", exact=True).first.click()
     ticks = page.locator("#gpus input")

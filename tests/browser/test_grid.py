@@ -33,7 +33,7 @@ def opened(browser, url, parameters="134,515,008", **options):
     page = context.new_page()
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.goto(url)
+    page.goto(f"{url}?tab=model")
     page.wait_for_selector(f"text={parameters}", timeout=WAIT)
     page.wait_for_selector(".matrix-cell[data-on='1']", timeout=WAIT)
     return page

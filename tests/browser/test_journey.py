@@ -66,7 +66,7 @@ def page(browser, server):
         lambda r: page.foreign.append(r.url) if not r.url.startswith((server.url, "data:", "blob:")) else None,
     )
     page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.goto(server.url)
+    page.goto(f"{server.url}?tab=model")
     page.wait_for_selector("text=134,515,008", timeout=WAIT)  # the starter's parameters: it was described
     yield page
     context.close()
@@ -109,7 +109,7 @@ def test_the_run_is_shown_live_and_survives_a_reload_a_pause_and_a_killed_server
 
     server.kill()
     server.start()
-    page.goto(server.url)
+    page.goto(f"{server.url}?tab=model")
     page.errors.clear()  # a page whose server has just gone may miss a part of its own
     open_tab(page, "Train")
     page.wait_for_function("document.querySelector('#status').innerText.includes('finished')", timeout=WAIT)
@@ -306,7 +306,7 @@ LOOKS = [
 def test_no_tab_overflows_the_page(trained, browser, server, scheme, width, height):
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
     page = context.new_page()
-    page.goto(server.url)
+    page.goto(f"{server.url}?tab=model")
     page.wait_for_selector("text=134,515,008", timeout=WAIT)
     for name in ("Model", "Data", "Train", "Spectrum", "Chat", "Runs", "Take home"):
         open_tab(page, name)

@@ -14,7 +14,7 @@ def test_who_knows_the_password_gets_a_page_that_works_and_nobody_else_gets_any(
     if password == "wrong horse":
         assert page.goto(guarded_server.url).status == 401
     else:
-        page.goto(guarded_server.url)
+        page.goto(f"{guarded_server.url}?tab=model")
         page.wait_for_selector("text=134,515,008", timeout=WAIT)  # an event and its stream
         page.wait_for_selector("text=nothing is training", timeout=WAIT)  # the look
         assert failed == []

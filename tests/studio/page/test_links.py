@@ -80,7 +80,7 @@ def test_a_view_of_a_section_opens_it_at_the_largest_matrix(opened, trained):
         ({"run": "gone", "tab": "chat", "module": "x"}, "`run` (='gone') must be a run of this workspace", "chat"),
         ({"run": "ID", "module": "<b>"}, "`module` (='<b>') must be one of the 4 matrices of “Inns”", "spectrum"),
         ({"module": "x"}, "`module` (='x') must come with the run that it is of, as run=….", None),
-        ({"run": "ID", "tab": "<b>"}, "`tab` (='<b>') must be one of model, data, train, spectrum, chat,", None),
+        ({"run": "ID", "tab": "<b>"}, "`tab` (='<b>') must be one of start, model, data, train, spectrum, chat,", None),
         ({"tab": "runs", "section": "x"}, "`section` (='x') must be one of overview, matrix, past,", "runs"),
     ],
 )
