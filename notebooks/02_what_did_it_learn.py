@@ -17,6 +17,8 @@ if ON_COLAB:
         subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *packages], check=True)
 
 # %%
+import os
+
 import torch
 
 from core import Adapter, LoRAConfig, Step, TrainConfig, inject, lora_layers, random_sigma
@@ -41,7 +43,7 @@ from studio.workspace import Workspace
 # seven matrices of the last four layers at $r = 8$. Few rows and few steps are enough to have something to look at.
 
 # %%
-STEPS, NUM_ROWS = 16, 16
+STEPS, NUM_ROWS = int(os.environ.get("LORA_STUDIO_NOTEBOOK_STEPS", 16)), 16
 workspace = Workspace.default()
 tokenizer = models.load_tokenizer("starter", workspace)
 model = models.load_model("starter", workspace)

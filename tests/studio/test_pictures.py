@@ -3,19 +3,34 @@
 import csv
 import io
 import json
+import re
+from pathlib import Path
 
 import matplotlib.figure
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 
-from core import Adapter, LoRAConfig, LoRAError, TrainConfig, WeightSpectrum, inject, lora_layers
-from studio import comparing, models
+from core import (
+    Adapter,
+    LoRAConfig,
+    LoRAError,
+    TrainConfig,
+    WeightSpectrum,
+    inject,
+    intruder_dimensions,
+    lora_layers,
+)
+from studio import comparing, models, worker
+from studio.measuring import Measured
 from studio.opened import Source
 from studio.pictures import MOST, Picture, Pictures
+from studio.runs import Runs
 from studio.specs import RunSpec
 from studio.state import Studio
 from studio.svg import to_svg
-from studio.tabs.spectrum import compare, matrix, overview, reading
+from studio.tabs.spectrum import compare, intruding, matrix, overview, past, reading
 
 PATH = "model.layers.1.self_attn.q_proj"
 
@@ -79,6 +94,49 @@ def test_the_notebook_of_every_figure_draws_the_same_figure(train, workspace):
         assert found._repr_png_().startswith(b"\x89PNG"), "Jupyter shows it without further help"
         rows = list(csv.reader(io.StringIO(picture.csv())))
         assert len(rows) > 1 and all(len(row) == len(rows[0]) for row in rows)
+
+
+@pytest.fixture
+def pictures_of_a_run(tiny_folder, tiny_data, workspace):
+    """What the Spectrum tab shows of a run that was really trained."""
+    lora = LoRAConfig(r=3, target_modules=("q_proj", "down_proj"))
+    settings = TrainConfig(steps=6, batch_size=2, learning_rate=1e-2, spectrum_every=2, eval_every=3, device="cpu")
+    run = Runs(workspace).create(RunSpec("Inns", str(tiny_folder), tiny_data, lora, settings))
+    assert worker.main([str(run.folder)]) == 0, run.log.refresh()[-1]
+    run.log.read()
+    studio = Studio(workspace)
+    opened = studio.opened(Source(run.id))
+    svd = studio.weight_svd(opened, PATH)
+    found = intruder_dimensions(opened.adapter.factors[PATH], svd, k=4, threshold=0.5)
+    half, whole = (Measured("x", loss, 3.0, 9, 99) for loss in (1.5, 1.4))
+    losses = {"measured": {0.5: (half, half), 1.0: (whole, whole)}, "base": None}
+    return [
+        past.course(opened, run, PATH, studio)[0],
+        intruding.cosine_picture(studio, opened, PATH, found),
+        intruding.loss_picture(studio, opened, losses, "nine rows"),
+        matrix.sigma_picture(opened, studio, PATH, log=False),
+    ]
+
+
+def test_the_notebooks_of_a_trained_run_draw_its_course_its_intruders_and_its_losses(pictures_of_a_run):
+    for picture in pictures_of_a_run:
+        found = run_cells(picture.file("ipynb"))["figure"]
+        assert to_svg(found, "x") == to_svg(picture.figure, "x"), picture.title
+
+
+@pytest.mark.slow
+def test_the_notebooks_of_a_trained_run_show_their_figure_in_a_fresh_kernel(pictures_of_a_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    for picture in pictures_of_a_run:
+        written = nbformat.reads(picture.file("ipynb").decode(), as_version=4)
+        nbformat.validate(written)
+        code = "\n".join(cell.source for cell in written.cells if cell.cell_type == "code")
+        assert not re.search(r"(from|import) core\.|studio\.tabs|\._[a-z]", code), "public names only"
+        quiet = ["--IPKernelApp.log_level=ERROR"]  # it warns of its own socket
+        resources = {"metadata": {"path": str(tmp_path)}}
+        done = NotebookClient(written, timeout=600, extra_arguments=quiet, resources=resources).execute()
+        outputs = [output for cell in done.cells for output in cell.get("outputs", [])]
+        assert [sorted(output.get("data", output)) for output in outputs] == [["image/png", "text/plain"]]
 
 
 def test_the_notebook_of_a_table_says_its_numbers(train, workspace, capsys):

@@ -12,8 +12,9 @@ from core import LoRAError
 from studio.tabs import learn
 
 ROOT = Path(__file__).resolve().parents[3]
-SOURCES = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
-KEPT = [json.loads(source.with_suffix(".ipynb").read_text(encoding="utf-8")) for source in SOURCES]
+FILES = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+SOURCES = [path.with_suffix(".py") for path in FILES]
+KEPT = [json.loads(path.read_text(encoding="utf-8")) for path in FILES]
 
 
 def notebook(*cells: dict) -> str:
