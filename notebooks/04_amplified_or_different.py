@@ -140,7 +140,7 @@ for r, (norm, of_delta, of_weight, printed) in paper.items():
     assert norm / null > norm / of_delta
 
 # %% [markdown]
-# Far above: 342. A random update of this norm has a *larger* factor than GPT-3's. The evidence for the paper's idea is
+# Far above: 343. A random update of this norm has a *larger* factor than GPT-3's. The evidence for the paper's idea is
 # in the other number: $\Delta W$'s directions hold 16 times as much of $W$ as random ones do, and 6 times at $r = 64$.
 # They are directions that $W$ knew. But far from those it stresses most, which hold a thousand times as much.
 #
@@ -261,7 +261,7 @@ for times in (0.5, 1, 2, 4):
 # 1. What is the factor of $\Delta W = c \cdot W_4$, where $W_4$ is $W$ cut to its four strongest directions?
 # 2. What is the largest enrichment that any $r$ directions can have? Does it rise or fall with $r$, and why does that
 #    make $r = 64$ look tamer than $r = 4$ in the figure?
-# 3. Raise `LORA_STUDIO_NOTEBOOK_STEPS` to 200 and run again. Which columns of our table change, and which do not?
+# 3. Set `STEPS` to 200 and run again. Which columns of our table change, and which do not?
 # 4. Look at one side only: compare $\lVert W V\rVert_F$ with its null $\lVert W\rVert_F \sqrt{r/n}$. Is what the update
 #    reads closer to $W$ than what it writes?
 #
