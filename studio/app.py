@@ -67,7 +67,7 @@ def build(studio: Studio) -> gr.Blocks:
                 home.build(
                     studio, run_id, home_tab.select, runs.picker, [tabs, *looked_at.pair.outputs], looked_at.pair.show
                 )
-        _open(studio, page, run_id, tabs, looked_at)
+        _open(studio, page, head, run_id, tabs, looked_at)
         _wire(studio, page, head, run_id, model_tab, data_tab, train_tab, train_page)
     return page
 
@@ -86,8 +86,8 @@ def _controls(studio: Studio, run: str | None) -> list[Any]:
     return train.controls(studio.runs.get(run) if run else None)
 
 
-def _open(studio: Studio, page: gr.Blocks, run_id: Any, tabs: Any, looked_at: spectrum.SpectrumTab) -> None:
-    """Has a page open at what its address asks for; else at the run that is going on, or the newest, or at Start."""
+def _open(studio: Studio, page: gr.Blocks, head: Any, run_id: Any, tabs: Any, looked_at: spectrum.SpectrumTab) -> None:
+    """Has a page open at what its address asks for, else at the run that goes on, the newest, or Start; and go on."""
     names, sections = ([tab.id for tab in of.children if isinstance(tab, gr.Tab)] for of in (tabs, looked_at.sections))
 
     def opened(request: gr.Request) -> list[Any]:
@@ -104,13 +104,17 @@ def _open(studio: Studio, page: gr.Blocks, run_id: Any, tabs: Any, looked_at: sp
             except LoRAError as error:
                 problems.append(str(error))
         for problem in dict.fromkeys(problems):
-            gr.Warning(escape(problem), duration=None, title="The page's address")
+            gr.Warning(escape(problem), duration=None)  # the toast takes HTML
         chosen = gr.Dropdown(choices=runs.choices(studio, listed), value=value)
         return [chosen, gr.Tabs(selected=view.tab) if view.tab else gr.skip(), *shown]
+
+    def go(event: gr.EventData) -> Any:
+        return gr.Tabs(selected=event.tab)
 
     outputs = [run_id, tabs, *looked_at.outputs]
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
     page.load(studio.guard(opened), None, outputs, **options)
+    head.went(studio.guard(go), None, tabs, queue=False, **options)
 
 
 def _wire(

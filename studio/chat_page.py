@@ -49,7 +49,7 @@ CSS = """
 .mind li code { white-space: pre; overflow: hidden; text-overflow: ellipsis; background: none; padding: 0; }
 .mind li.is { font-weight: 700; }
 .mind h4 { font-size: .8rem; margin: 0; font-weight: 600; }
-.mind .a { color: var(--adapted); } .mind .b { color: var(--base); }
+.mind .a { color: var(--adapted-text); } .mind .b { color: var(--base-text); }
 .dark .mind .a { color: #f0964f; } .dark .mind .b { color: #7fb0ee; }
 """
 

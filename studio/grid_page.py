@@ -296,7 +296,7 @@ CSS = """
 .matrix-line > button:focus-visible { outline: 2px solid var(--body-text-color); outline-offset: -2px; z-index: 1; }
 .matrix-line > .matrix-head { font-size: .75rem; font-weight: 600; padding: .15rem .35rem;
   background: var(--block-background-fill); }
-.matrix-line > .matrix-head:hover { color: var(--adapted); }
+.matrix-line > .matrix-head:hover { color: var(--adapted-text); }
 .matrix-line:first-child > .matrix-head { position: sticky; top: 0; z-index: 2; line-height: 1.2; display: flex;
   flex-direction: column; align-items: center; justify-content: flex-end; padding-bottom: .3rem; }
 .matrix-line > .matrix-layer, .matrix-line:first-child > .matrix-corner { position: sticky; left: 0; z-index: 1;

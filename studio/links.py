@@ -35,9 +35,16 @@ class View:
         )
 
 
+def ways(**tabs: str) -> str:
+    """Returns HTML of buttons that open tabs: a tab's id → the button's words; the obvious one comes first."""
+    buttons = (f'<button type="button" data-tab="{tab}">{escape(words)}</button>' for tab, words in tabs.items())
+    return f'<div class="ways">{"".join(buttons)}</div>'
+
+
 JS = """
 document.addEventListener('click', async (event) => {
-    const button = event.target.closest('[data-copy]');
+    const way = event.target.closest('[data-tab]'), button = event.target.closest('[data-copy]');
+    if (way) trigger('went', {tab: way.dataset.tab});
     if (!button) return;
     const link = button.parentElement.querySelector('a'), said = button.parentElement.querySelector('[role=status]');
     try {
@@ -49,7 +56,7 @@ document.addEventListener('click', async (event) => {
     }
 });
 """
-"""Runs once in the page: the buttons of `View.link`."""
+"""Runs once, in the page's head: the buttons of `View.link`, and of `ways`, which raise the event `went`."""
 
 
 def read(
@@ -62,7 +69,7 @@ def read(
         try:
             studio.runs.get(view.run)
         except LoRAError as error:
-            problems.append(str(error))
+            problems.append(f"{error} The page opens without it.")
             view = replace(view, run="", module="")
     elif view.module:
         problems.append(f"`module` (={quoted(view.module)}) must come with the run that it is of, as run=….")

@@ -17,3 +17,6 @@ SECOND_SOFT = "#b9a6dc"
 
 CHANCE = "#8a94a6"
 """The null: what pure chance would show."""
+
+BASE_TEXT, ADAPTED_TEXT = ("#2f64ad", "#86aee6"), ("#a64a08", "#f28c3f")
+"""The same two as the colour of words, which need more contrast than marks: on light, and on dark."""

@@ -5,7 +5,7 @@ from html import escape
 from gradio.themes import Base, Color, colors, sizes
 
 from studio import bars, certificate, chat_page, grid_page, label_page
-from studio.palette import ADAPTED, BASE
+from studio.palette import ADAPTED, ADAPTED_TEXT, BASE, BASE_TEXT
 
 _ORANGE = Color(
     name="adapted",
@@ -49,12 +49,12 @@ def theme() -> Base:
         border_color_primary_dark="#273247",
         block_label_text_size="*text_sm",
         block_title_text_weight="600",
-        block_info_text_color="*neutral_500",
+        block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_400",
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_dark="*primary_600",
-        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_background_fill_hover_dark="*primary_700",
         button_primary_text_color="white",
         body_text_color_subdued="*neutral_500",
         body_text_color_subdued_dark="*neutral_400",
@@ -70,7 +70,14 @@ def theme() -> Base:
 
 
 CSS = f"""
-:root {{ --base: {BASE}; --adapted: {ADAPTED}; }}
+:root {{ --base: {BASE}; --adapted: {ADAPTED}; --base-text: {BASE_TEXT[0]}; --adapted-text: {ADAPTED_TEXT[0]}; }}
+.dark {{ --base-text: {BASE_TEXT[1]}; --adapted-text: {ADAPTED_TEXT[1]}; }}
+:is(button, a, summary, label, output, [tabindex], [type=radio], [type=checkbox], [type=range]):focus-visible {{
+  outline: 2px solid var(--adapted) !important; outline-offset: 2px; }}
+@media (prefers-reduced-motion: reduce) {{
+  *, ::before, ::after {{ animation-duration: 1ms !important; animation-iteration-count: 1 !important;
+    transition-duration: 1ms !important; scroll-behavior: auto !important; }}
+}}
 .gradio-container > main {{ max-width: 1360px; margin: 0 auto !important; }}
 .secondary-wrap input {{ padding-right: 1.6rem !important; text-overflow: ellipsis; }}
 .studio-head {{ display: flex; flex-wrap: wrap; align-items: baseline; gap: .35rem 1rem; }}
@@ -91,12 +98,20 @@ CSS = f"""
 .said p {{ margin: .2rem 0; }}
 .command {{ margin: .75rem 0 0; font-size: .85rem; color: var(--body-text-color-subdued); }}
 .command code {{ user-select: all; overflow-wrap: anywhere; }}
+.ways {{ display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; margin: .75rem 0 0; }}
+.ways button {{ padding: .35rem .9rem; border: 1px solid var(--border-color-primary); border-radius: var(--radius-md);
+  background: var(--block-background-fill); color: var(--body-text-color);
+  font-size: .9rem; font-weight: 600; cursor: pointer; }}
+:is(.ways, .link) button {{ margin: 0 !important; }}
+.ways button:first-child {{ background: var(--button-primary-background-fill); border-color: transparent;
+  color: var(--button-primary-text-color); }}
+.ways button:hover {{ border-color: var(--body-text-color); }}
 .link {{ display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .6rem; margin: .75rem 0 0;
   font-size: .85rem; }}
-.link a {{ color: var(--body-text-color); }}
+.link > a {{ color: var(--body-text-color); padding: 0 !important; }}
 .chip {{ display: inline-block; border-radius: 999px; padding: .05rem .6rem; font-size: .8rem; font-weight: 600;
   border: 1px solid currentColor; }}
-.chip.running {{ color: var(--adapted); }} .chip.finished {{ color: #2e7d4f; }}
+.chip.running {{ color: var(--adapted-text); }} .chip.finished {{ color: #2e7d4f; }}
 .dark .chip.finished {{ color: #6cc393; }}
 .chip.failed, .chip.interrupted {{ color: #c62828; }} .dark .chip.failed, .dark .chip.interrupted {{ color: #ff8a80; }}
 .chip.stopped, .chip.queued, .chip.paused {{ color: var(--body-text-color-subdued); }}
@@ -161,8 +176,8 @@ CSS = f"""
   font-size: .85rem; line-height: 1.5; font-variant-numeric: tabular-nums; }}
 .tokens li > :last-child {{ text-align: right; }}
 .tokens code {{ overflow: hidden; text-overflow: ellipsis; white-space: pre; unicode-bidi: isolate; }}
-.tokens code:is(.special, .bytes) {{ font-style: italic; opacity: .75; }}
-.tokens .faint {{ opacity: .55; }}
+.tokens code:is(.special, .bytes) {{ font-style: italic; }}
+.tokens .faint > :is(code, span) {{ color: var(--body-text-color-subdued) !important; }}
 .tokens .bar {{ position: relative; height: .55rem; background: var(--border-color-primary); border-radius: 2px; }}
 .tokens .bar i {{ position: absolute; inset: 0 auto 0 0; background: var(--adapted); border-radius: 2px; }}
 .tokens .bar b {{ position: absolute; top: -.15rem; bottom: -.15rem; border-left: 2px dashed var(--body-text-color); }}
@@ -185,7 +200,7 @@ table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600;
 #experiment-about p {{ margin: 0 0 .5rem; }} #experiment-about .sub-line {{ white-space: nowrap; }}
 #experiment-result > div > div > * {{ margin-bottom: 1rem; }} #experiment-result h4 {{ margin-bottom: .3rem; }}
 #experiment-result td:not(:first-child) {{ white-space: nowrap; }}
-.download a {{ font-weight: 600; color: var(--adapted); overflow-wrap: anywhere; }}
+.download a {{ font-weight: 600; color: var(--adapted-text); overflow-wrap: anywhere; }}
 #fit-row {{ align-items: flex-end; gap: .5rem; }}
 #fit-row > button {{ flex: 0 1 auto; }}
 :is(#probe-progress, #fitting, #task-note, #label-note):not(:has(.said, .progress)) {{ display: none; }}

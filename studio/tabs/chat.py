@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from core import LoRAError
-from studio import ballots, chat_page, conversation, data, theme
+from studio import ballots, chat_page, conversation, data, links, theme
 from studio.answers import Answer
 from studio.conversation import Conversation, Reply, unstopped
 from studio.panes import Pane
@@ -26,6 +26,7 @@ SHOW_SECONDS = 0.1
 """Time between two pictures of growing answers."""
 
 HIDDEN = "Hidden until you vote."
+NOTHING = "No adapter on this model yet. Train one, and here it answers beside its base model, word by word."
 
 
 @dataclass
@@ -135,7 +136,8 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
             updates += [gr.Dropdown(choices=runs, value=kept[name]) for name in kept]
         message_now = (first or gr.skip()) if is_new else gr.skip()
         shown = gr.Dropdown(choices=found, value=first, visible=bool(found)) if is_new else gr.skip()
-        return [shown, message_now, _tally(studio, there), *updates]
+        note = gr.skip() if runs and not is_new else "" if runs else theme.said(NOTHING) + links.ways(train="Train one")
+        return [note, shown, message_now, _tally(studio, there), *updates]
 
     def opened(run: str | None, *values: Any) -> list[Any]:
         return filled(run, False, *values)
@@ -260,7 +262,7 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     adapters = [form.fields[name] for form in forms for name in ("adapter", "plus")]
-    chosen = [examples, message, tally, *adapters]
+    chosen = [notes, examples, message, tally, *adapters]
     gr.on(
         [selected],
         studio.guard(opened),

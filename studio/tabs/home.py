@@ -11,7 +11,7 @@ from urllib.parse import quote
 import gradio as gr
 
 from core import LoRAError, quoted
-from studio import beside, capsule, certificate, export, export_jobs, imports, theme
+from studio import beside, capsule, certificate, export, export_jobs, imports, links, theme
 from studio.checkpoints import ADAPTER_FILES
 from studio.export import DTYPES, KINDS, Choice
 from studio.export_jobs import Job
@@ -34,7 +34,7 @@ _ENDS = {
 def view(run: Run | None) -> str:
     """Returns HTML of a run's exports: the newest in full, and the last certificate where nothing was exported."""
     if run is None:
-        return theme.said("No run is chosen. Train one, or bring one in below.")
+        return theme.said("No run is chosen. Train one, or bring one in below.") + links.ways(train="Train one")
     if not run.has_adapter:
         return theme.said("This run has no adapter yet; it is saved at the first evaluation and at the end.")
     if not run.has_lora:

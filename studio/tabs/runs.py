@@ -238,7 +238,8 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
 
     def show(run: str) -> tuple[Any, ...]:
         if not run:
-            return theme.said("No run yet. Train one, and it is listed here."), gr.DownloadButton(interactive=False)
+            words = "No run yet. Each that is trained is listed here, with its settings, its losses and its adapter."
+            return theme.said(words) + links.ways(train="Train one"), gr.DownloadButton(interactive=False)
         found = studio.runs.get(run)
         # Packed before the click: the button hands out what it holds when it is pressed.
         file = pack(found, studio.workspace.downloads) if found.has_adapter else None

@@ -11,7 +11,7 @@ import gradio as gr
 import numpy as np
 
 from core import Failed, Finished, LoRAError, MethodConfig, TrainConfig, gpus, settings
-from studio import jobs, label_metrics, live, theme
+from studio import jobs, label_metrics, links, live, theme
 from studio.checkpoints import best
 from studio.event_log import EventLog
 from studio.forms import Form
@@ -146,8 +146,9 @@ def act(runs: Runs, name: str, run: Run, num_further: Any) -> Run:
 def view(run: Run | None) -> dict[str, str]:
     """Returns what the tab shows of a run: HTML by the id of the element that it belongs in."""
     if run is None:
-        words = theme.said("No run yet. Pick a model and data, then press Start training; the loss appears here.")
-        return {"status": words, "charts": "", "worker-log": ""}
+        words = "No run yet. Pick a model and data, then press Start training: its loss, memory and speed appear here."
+        shown = theme.said(words) + links.ways(model="Pick a model", data="Pick data")
+        return {"status": shown, "charts": "", "worker-log": ""}
     try:
         shown, drawn = status_view(run, run.status), charts(run.log)
     except LoRAError as error:  # damaged files: said here at every look, not as an alarm
@@ -251,7 +252,17 @@ def status_view(run: Run, status: str) -> str:
         pairs.append(("Memory shown", log.started.memory_source))
     parts.append(theme.facts(pairs))
     sentences, kind = _state_words(run, status)
-    return "".join(parts) + (theme.said(sentences, kind) if sentences else "")
+    return "".join(parts) + (theme.said(sentences, kind) if sentences else "") + _next(run, status)
+
+
+def _next(run: Run, status: str) -> str:
+    """Returns HTML of buttons for what can be done with what a run has trained, once it is over."""
+    if status not in ("finished", "stopped") or not run.has_adapter:
+        return ""
+    chat = "Try it on texts" if run.spec.data.is_labelled else "Chat with it"
+    if not run.has_lora:
+        return links.ways(chat=chat)
+    return links.ways(spectrum="Look at the spectrum", chat=chat, home="Take it home")
 
 
 def _from_to(scores: list[tuple[float, float]]) -> str:
@@ -287,8 +298,7 @@ def _state_words(run: Run, status: str) -> tuple[list[str], str]:
         return [f"Ended early: {why}. The adapter saved is that of step {lowest}."], ""
     if run.has_adapter and not run.has_lora:
         return [f"What {run.spec.method.title} trained is saved. Chat with it; it has no ΔW, and so no spectrum."], ""
-    use = "try it on texts in Chat" if run.spec.data.is_labelled else "chat with it"
-    return ([f"The adapter is saved. Look at its spectrum, or {use}."] if run.has_adapter else []), ""
+    return (["The adapter is saved."] if run.has_adapter else []), "good"
 
 
 def _memory_words(failed: Failed) -> list[str]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from studio.runs import Runs
 from studio.workspace import Workspace
+from tests.browser.axe import barriers
 
 STEPS = 20
 WAIT = 240_000  # milliseconds; training on a busy machine
@@ -270,6 +271,35 @@ def test_the_runs_tab_lists_downloads_and_deletes_only_after_a_question(trained,
     assert "finished" in page.locator("#runs-table").inner_text()
 
 
+def test_a_link_opens_a_matrix_of_the_run_and_is_copied_and_shown_by_the_keyboard_alone(trained, server):
+    page = trained
+    (run,) = Runs(Workspace(server.workspace)).list()
+    asked = f"{server.url}?run={run.id}&tab=spectrum&module=model.layers.3.self_attn.q_proj"
+    page.goto(asked)
+    page.wait_for_selector("#sigma svg", timeout=WAIT)
+    assert page.locator("#module input").input_value() == "model.layers.3.self_attn.q_proj"
+    assert page.locator(".link a:visible").evaluate("link => link.href") == asked
+    for _ in range(60):  # what was said goes when the matrix is drawn anew
+        page.locator("[data-copy]:visible").press("Enter")
+        page.wait_for_timeout(500)
+        if said := page.locator(".link:visible [role=status]").inner_text():
+            break
+    assert said
+    assert re.search(r"[\d.]+ of [\d.]+ GB free", page.locator("#head-line").inner_text())
+
+    page.locator("#run input").focus()
+    seen = set()
+    for _ in range(16):
+        page.keyboard.press("Tab")
+        name, shows_itself, outline = page.evaluate(
+            "(e => [e.outerHTML.slice(0, 200), e.matches('body, input'), getComputedStyle(e).outline])"
+            "(document.activeElement)"
+        )
+        assert shows_itself or "solid" in outline, f"{name} has the keyboard, and nothing shows it"
+        seen.add(name)
+    assert len(seen) > 8
+
+
 def test_a_notebook_is_read_in_the_page_and_the_page_is_as_it_was_after_it(trained, server):
     page = trained
     open_tab(page, "Runs")
@@ -278,7 +308,7 @@ def test_a_notebook_is_read_in_the_page_and_the_page_is_as_it_was_after_it(train
     page.locator("#lesson img").first.wait_for(timeout=WAIT)
     page.locator("#lesson .katex-display").first.wait_for(timeout=WAIT)
     page.locator("#lesson code.language-python .token").first.wait_for(timeout=WAIT)
-    assert page.url == server.url + "#learn/02_what_did_it_learn"
+    assert page.url.endswith("#learn/02_what_did_it_learn")
     assert all(page.locator("#lesson img").evaluate_all("(all) => all.map((one) => one.naturalWidth > 100)"))
     solution = page.locator("#lesson details li").first
     assert not solution.is_visible() and not page.locator("#runs-table").is_visible()
@@ -303,16 +333,18 @@ LOOKS = [
 
 
 @pytest.mark.parametrize(("scheme", "width", "height"), LOOKS)
-def test_no_tab_overflows_the_page(trained, browser, server, scheme, width, height):
-    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+def test_no_tab_overflows_the_page_or_keeps_anybody_out(trained, browser, server, scheme, width, height):
+    look = {"color_scheme": scheme, "reduced_motion": "reduce"}
+    context = browser.new_context(viewport={"width": width, "height": height}, **look)
     page = context.new_page()
     page.goto(f"{server.url}?tab=model")
     page.wait_for_selector("text=134,515,008", timeout=WAIT)
-    for name in ("Model", "Data", "Train", "Spectrum", "Chat", "Runs", "Take home"):
+    for name in ("Start", "Model", "Data", "Train", "Spectrum", "Chat", "Runs", "Take home"):
         open_tab(page, name)
         page.wait_for_timeout(2500)
         inner = page.evaluate("document.documentElement.scrollWidth")
         assert inner <= width, f"{name} is {inner} wide on a page of {width}"
+        assert barriers(page) == [], name
         if SHOTS:
             Path(SHOTS).mkdir(parents=True, exist_ok=True)
             file = f"{name.lower().replace(' ', '-')}-{scheme}-{width}.png"

@@ -4,6 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from gradio.themes import colors
 from gradio.themes.utils import fonts
 
 from studio import palette, theme
@@ -94,3 +95,20 @@ def test_marks_stand_out_from_the_page_in_light_and_dark():
     for background in (made.block_background_fill.replace("white", "#ffffff"), made.block_background_fill_dark):
         for colour in (palette.BASE, palette.ADAPTED):
             assert contrast(colour, background) >= 3  # WCAG 2.2, 1.4.11: what carries meaning and is no text
+
+
+def test_words_in_the_two_colours_can_be_read_on_every_ground_in_light_and_dark():
+    made = theme.theme()
+    grounds = (
+        ("#ffffff", colors.slate.c50, colors.slate.c100),
+        (made.block_background_fill_dark, made.body_background_fill_dark, made.input_background_fill_dark),
+    )
+    for words in (palette.BASE_TEXT, palette.ADAPTED_TEXT):
+        for colour, of_mode in zip(words, grounds, strict=True):
+            assert all(contrast(colour, ground) >= 4.5 for ground in of_mode)  # WCAG 2.2, 1.4.3
+            assert f": {colour};" in theme.CSS
+
+
+@pytest.mark.parametrize("asked", ["prefers-reduced-motion: reduce", ":focus-visible {"])
+def test_the_css_heeds_those_who_want_no_motion_and_those_who_use_the_keyboard(asked):
+    assert asked in theme.CSS

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from core import LoRAError
-from studio import theme
+from studio import links, theme
 from studio.opened import Opened, Source
 from studio.runs import no_update
 from studio.state import Studio
@@ -97,7 +97,10 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, An
 
     def of_run(run: str | None, module: str | None = None) -> Any:
         if not run or not studio.runs.get(run).has_adapter:
-            return None, theme.said("No adapter yet. Train one, and this page shows what it learned."), gr.skip()
+            words = (
+                "No adapter yet. Train one, and here is what it learned: how many directions ΔW uses, where, and which."
+            )
+            return None, theme.said(words) + links.ways(train="Train one"), gr.skip()
         if not studio.runs.get(run).has_lora:
             return None, theme.said(no_update(studio.runs.get(run))), gr.skip()
         return look(Source(run), module)

@@ -10,9 +10,9 @@ import gradio as gr
 import pytest
 
 from core import Adapter
-from studio.links import View
+from studio.links import JS, View, ways
 from studio.opened import Source
-from studio.tabs import runs
+from studio.tabs import home, runs, train
 from tests.studio.page.pages import STARTED, events, handler, update
 
 PARTS = ("run", "tabs", "source", "said", "module", "sections", "section")
@@ -107,3 +107,28 @@ def test_a_link_keeps_marks_that_an_address_would_take_for_its_own():
     view = View("a", "spectrum", module="x&tab=chat <b>\"'")
     shown = view.link()
     assert query_of(shown) == {"run": "a", "tab": "spectrum", "module": view.module} and "<b>" not in shown
+
+
+def test_every_button_to_a_tab_leads_to_one_that_there_is(page, studio, write_run):
+    """Each part that has nothing to show yet has one, and Train once its run is over."""
+    empty = write_run([STARTED])
+    shown = [
+        train.view(None)["status"],
+        handler(page, "follow")("", None, None)[1],
+        handler(page, "follow")(empty.id, None, None)[1],
+        handler(page, "show", "download")("")[0],
+        home.view(None),
+        handler(page, "switched")("", *[None] * 40)[0],
+        handler(page, "opened", "tally")(empty.id, *[None] * 40)[0],
+    ]
+    found = [re.findall(r'data-tab="(\w+)"', one) for one in shown]
+    assert all(found)
+    (tabs,) = (b for b in page.blocks.values() if isinstance(b, gr.Tabs) and b.elem_id != "sections")
+    assert {tab for of_one in found for tab in of_one} <= {tab.id for tab in tabs.children}
+    moved = handler(page, "go")(types.SimpleNamespace(tab="train"))
+    assert update(moved)["selected"] == "train"
+    assert "'went'" in JS and "data-tab" in JS
+
+
+def test_words_on_a_button_to_a_tab_stay_words():
+    assert ways(chat="<b>") == '<div class="ways"><button type="button" data-tab="chat">&lt;b&gt;</button></div>'

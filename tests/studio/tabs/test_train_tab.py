@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import gradio as gr
 import pytest
@@ -12,10 +13,12 @@ from core import (
     Failed,
     Finished,
     LoRAError,
+    MethodConfig,
     Noted,
     TrainConfig,
     resolve_devices,
 )
+from studio.data import DataSpec
 from studio.runs import Run
 from studio.specs import RunSpec
 from studio.tabs import train as train_tab
@@ -112,12 +115,12 @@ KILLED = "The worker ended without a word (killed, or the machine went down)."
         (
             [STARTED, step(1), Finished(60, "done", 0)],
             "finished",
-            "The adapter is saved. Look at its spectrum, or chat with it.",
+            "The adapter is saved.",
         ),
         (
             [STARTED, step(1), Finished(1, "stopped", 0)],
             "stopped",
-            "The adapter is saved. Look at its spectrum, or chat with it.",
+            "The adapter is saved.",
         ),
     ],
 )
@@ -144,6 +147,31 @@ def test_before_the_first_step_the_worker_s_last_word_is_shown(events, words, wr
 
 def test_a_run_stopped_before_its_first_step_does_not_claim_an_adapter(write_run):
     assert "The adapter is saved" not in train_tab.view(write_run([Finished(0, "stopped", 0)]))["status"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "ways"),
+    [
+        ({}, ["spectrum", "chat", "home"]),
+        ({"method": MethodConfig("bitfit")}, ["chat"]),
+        ({"data": DataSpec("starter:reviews", task="classification", text="text", labels=("a", "b"))}, None),
+    ],
+)
+def test_a_run_that_is_over_shows_the_way_to_what_it_is_good_for(changes, ways, write_run, hold):
+    run = write_run([STARTED, step(1), Finished(60, "done", 0)], RunSpec(**changes))
+
+    def shown() -> list[str]:
+        return re.findall(r'data-tab="(\w+)"', train_tab.view(run)["status"])
+
+    assert shown() == [], "nothing was saved"
+    run.adapter_folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (run.adapter_folder / name).write_text("{}")
+    assert shown() == (ways or ["spectrum", "chat", "home"])
+    words = "Try it on texts" if ways is None else "Chat with it"
+    assert words in train_tab.view(run)["status"]
+    hold(run)
+    assert shown() == [], "it may still change"
 
 
 def buttons(run: Run) -> dict[str, tuple[str, bool]]:
