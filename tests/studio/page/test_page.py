@@ -19,7 +19,7 @@ from tests.studio.page.pages import build, events, handler, look, update
 def test_the_page_has_the_tabs_in_order_and_the_head(page):
     pages = next(b for b in page.blocks.values() if isinstance(b, gr.Tabs))
     titles = [b.label for b in pages.children if isinstance(b, gr.Tab)]
-    assert titles == ["Model", "Data", "Train", "Spectrum", "Chat", "Runs", "Take home"]
+    assert titles == ["Start", "Model", "Data", "Train", "Spectrum", "Chat", "Runs", "Take home"]
     ids = [b.elem_id for b in page.blocks.values() if b.elem_id]
     assert len(ids) == len(set(ids))
     assert {"head", "run", "start", "stop", "preview", "tokens", "heat", "runs-table"} <= set(ids)
