@@ -178,11 +178,13 @@ class Planner:
 
         Those that train the same come before those that train less.
         None is yielded after each look at one that does not fit, so that who waits sees that it goes on; at most
-        `MOST_FORECASTS` are looked at.
+        `MOST_FORECASTS` are looked at, and one where the weights alone, in 16 bits and split, are too many.
 
         Raises:
             LoRAError: The settings do not fit the model, or the device is not there.
         """
+        devices = resolve_devices(spec.train.device)
+        most_smaller = len(devices) * spec.weights_dtype(devices[0]).itemsize / 2  # of the weights, by all changes
         order, seen = count(), {json.dumps(spec.to_dict())}
         waiting = [_Way(False, 1.0, next(order), spec, {})]
         found: list[_Way] = []
@@ -192,12 +194,14 @@ class Planner:
             if not waiting or len(found) == MOST_PROPOSALS:
                 return
             way = heapq.heappop(waiting)
-            total = self.forecast(way.spec, num_devices=num_devices).total
-            if total <= free_bytes:
+            forecast = self.forecast(way.spec, num_devices=num_devices)
+            if (total := forecast.total) <= free_bytes:
                 found.append(way)
                 yield way.remedy(total)
                 continue
             yield None
+            if not way.steps and forecast.weights > free_bytes * most_smaller:
+                return
             for step in for_memory(way.spec):
                 try:
                     plan_method(self._skeleton, step.spec.method, step.spec.lora)

@@ -74,8 +74,14 @@ def test_what_makes_it_fit_does_fit_and_keeps_the_rows_of_a_step(planner, spec):
     assert same is not None and same.spec == spec
 
 
-def test_nothing_is_offered_where_nothing_fits(planner, spec):
-    assert [remedy for remedy in planner.fit(spec, 1) if remedy is not None] == []
+def test_nothing_is_offered_where_nothing_fits_and_one_look_is_enough(planner, spec):
+    assert [*planner.fit(spec, 1)] == [None]
+
+
+def test_where_the_weights_fit_in_half_their_bits_changes_are_looked_at(planner, spec):
+    half = planner.forecast(spec).weights // 2
+    looks = iter(planner.fit(spec, half))
+    assert [next(looks), next(looks)] == [None, None]
 
 
 def test_a_probe_takes_real_steps_on_the_longest_rows_and_leaves_no_run(spec, workspace):
