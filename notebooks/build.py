@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 
 FOLDER = Path(__file__).resolve().parent
-TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = 1800
 """For one cell; generous, as machines differ."""
 
 METADATA = {
