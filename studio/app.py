@@ -88,7 +88,9 @@ def _controls(studio: Studio, run: str | None) -> list[Any]:
 
 def _open(studio: Studio, page: gr.Blocks, head: Any, run_id: Any, tabs: Any, looked_at: spectrum.SpectrumTab) -> None:
     """Has a page open at what its address asks for, else at the run that goes on, the newest, or Start; and go on."""
-    names, sections = ([tab.id for tab in of.children if isinstance(tab, gr.Tab)] for of in (tabs, looked_at.sections))
+    names, sections = (
+        [str(tab.id) for tab in of.children if isinstance(tab, gr.Tab)] for of in (tabs, looked_at.sections)
+    )
 
     def opened(request: gr.Request) -> list[Any]:
         view, problems = links.read(studio, request.query_params, names, sections)

@@ -164,9 +164,8 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
                 names = gr.CheckboxGroup([], label="Matrices in each layer (out × in)", elem_id="matrices")
                 pattern = gr.Textbox(
                     label="Regular expression over whole paths",
-                    # Of stars as they are, Gradio makes words in italics.
-                    info="Goes before the names. For example "
-                    r"`.&#42;\.layers\.(0|1)\..&#42;q_proj` for the first two layers.",
+                    # Without stars, of which Gradio would make italics.
+                    info=r"Goes before the names. For example `.+\.layers\.[01]\..+q_proj` for the first two layers.",
                     max_lines=2,
                     elem_id="pattern",
                 )
