@@ -301,6 +301,7 @@ def launch(
         ssr_mode=False,
         quiet=True,
         share=False,
+        _frontend=False,  # else it gives up where the whole page takes over three seconds, as beside a training it may
         show_error=True,
     )
     ready = f"LoRA Studio is at {url} (workspace {workspace.root}; Ctrl-C ends the page, not a training)."
