@@ -109,7 +109,10 @@ figures.lines_figure(
 )
 
 # %% [markdown]
-# Not at all. Below $\theta = c^{1/4} = 0.84$ the sum's strongest direction is still one of $W_0$'s own and knows
+# Solid: how near the sum's strongest direction is to $u$; dashed, what the law says. Dash-dotted: how near it is to any
+# of $W_0$'s.
+#
+# So, not at all. Below $\theta = c^{1/4} = 0.84$ the sum's strongest direction is still one of $W_0$'s own and knows
 # nothing of $u$. Above, it soon *is* $u$, and near none of $W_0$'s: an intruder. In between it is a mixture. So an
 # intruder is not a kind of learning: it is what **any** added direction becomes, useful or not, once it is strong
 # enough to stand out of $W_0$. Chance alone makes intruders, and to find one proves nothing yet.
@@ -157,8 +160,9 @@ print(f"{num} of {10 * len(found)} directions are intruders")
 assert 0 < num < 5 * len(found)
 
 # %% [markdown]
-# An intruder appears where the strongest $\sigma$ of $\Delta W$ comes near the tenth of $W$ or above it. Here is the
-# matrix with the newest one, whose largest cosine is the smallest:
+# Intruders appear where the strongest $\sigma$ of $\Delta W$ is no longer small beside the tenth of $W$; not in every
+# such matrix, as what $\Delta W$ writes may lie near $W$'s own directions, too. Here is the matrix with the newest one,
+# whose largest cosine is the smallest:
 
 # %%
 newest = min(found, key=lambda path: float(found[path].max_cosine.min()))
@@ -210,8 +214,8 @@ assert trained["general text"] > base["general text"] + 0.1
 assert trained["general text"] > halved["general text"] + 0.05
 
 # %% [markdown]
-# Better at the task, worse elsewhere: the model forgets. Is that the intruders' doing? Turn them down and see. With
-# $\lambda$ from 1 to 0,
+# Better at the task, worse elsewhere: the model forgets. (With half of $\Delta W$ both are better: it *was* too loud.)
+# Is forgetting the intruders' doing? Turn them down and see. With $\lambda$ from 1 to 0,
 #
 # $$W_0 + \Delta W + (\lambda - 1)\sum_{\text{intruders}} \sigma_j\, y_j z_j^\top$$
 #
