@@ -98,6 +98,8 @@ with_u, nearest = zip(*(slide(theta) for theta in thetas), strict=True)
 assert max(with_u[:2]) < 0.2 and min(nearest[:2]) > 0.9  # nothing shows
 assert max(nearest[-3:]) < 0.5  # an intruder
 assert all(abs(with_u[i] - law(thetas[i])) < 0.05 for i in range(5, 8))
+
+# %%
 lines = {"with u": with_u, "law": [law(theta) for theta in thetas], "W's nearest": nearest}
 figures.lines_figure(
     thetas,
@@ -200,6 +202,7 @@ def losses_now():
     return {name: evaluate(model, batches).loss for name, batches in texts.items()}
 
 
+# %%
 with strength(model, 0.0):
     base = losses_now()
 with strength(model, 0.5):
