@@ -98,6 +98,8 @@ with_u, nearest = zip(*(slide(theta) for theta in thetas), strict=True)
 assert max(with_u[:2]) < 0.2 and min(nearest[:2]) > 0.9  # nothing shows
 assert max(nearest[-3:]) < 0.5  # an intruder
 assert all(abs(with_u[i] - law(thetas[i])) < 0.05 for i in range(5, 8))
+
+# %%
 lines = {"with u": with_u, "law": [law(theta) for theta in thetas], "W's nearest": nearest}
 figures.lines_figure(
     thetas,
@@ -109,7 +111,10 @@ figures.lines_figure(
 )
 
 # %% [markdown]
-# Not at all. Below $\theta = c^{1/4} = 0.84$ the sum's strongest direction is still one of $W_0$'s own and knows
+# Solid: how near the sum's strongest direction is to $u$; dashed, what the law says. Dash-dotted: how near it is to any
+# of $W_0$'s.
+#
+# So, not at all. Below $\theta = c^{1/4} = 0.84$ the sum's strongest direction is still one of $W_0$'s own and knows
 # nothing of $u$. Above, it soon *is* $u$, and near none of $W_0$'s: an intruder. In between it is a mixture. So an
 # intruder is not a kind of learning: it is what **any** added direction becomes, useful or not, once it is strong
 # enough to stand out of $W_0$. Chance alone makes intruders, and to find one proves nothing yet.
@@ -157,20 +162,21 @@ print(f"{num} of {10 * len(found)} directions are intruders")
 assert 0 < num < 5 * len(found)
 
 # %% [markdown]
-# An intruder appears where the strongest $\sigma$ of $\Delta W$ comes near the tenth of $W$ or above it. Here is the
-# matrix whose intruders are strongest:
+# Intruders appear where the strongest $\sigma$ of $\Delta W$ is no longer small beside the tenth of $W$; not in every
+# such matrix, as what $\Delta W$ writes may lie near $W$'s own directions, too. Here is the matrix with the newest one,
+# whose largest cosine is the smallest:
 
 # %%
-worst = max(found, key=lambda path: found[path].energy_share)
-one = found[worst]
-print(f"{worst}: a random direction's largest |cos| is about {one.null:.2f}")
+newest = min(found, key=lambda path: float(found[path].max_cosine.min()))
+one = found[newest]
+print(f"{newest}: a random direction's largest |cos| is about {one.null:.2f}")
 figures.intruder_figure(
     one.cosines, one.sigma, one.threshold, one.null, title="A strong direction near none of W's own"
 )
 
 # %% [markdown]
 # Above: the cosine of each of the ten strongest directions (across) with the first forty of $W_0$ (down). A bright
-# diagonal means that the direction is still one of $W_0$'s. The framed column is dark from top to bottom: an intruder.
+# diagonal means that the direction is still one of $W_0$'s. A framed column has no bright place: an intruder.
 # Below: the largest cosine with *any* of $W_0$'s directions, against the threshold and against chance.
 #
 # ## The price
@@ -196,23 +202,30 @@ def losses_now():
     return {name: evaluate(model, batches).loss for name, batches in texts.items()}
 
 
+# %%
 with strength(model, 0.0):
     base = losses_now()
+with strength(model, 0.5):
+    halved = losses_now()
 trained = losses_now()
+print("loss in nats per token")
 for name in texts:
-    print(f"{name}: {base[name]:.2f} before training, {trained[name]:.2f} after, nats per token")
+    losses = f"{base[name]:.2f} before training, {trained[name]:.2f} after"
+    print(f"{name}: {losses}, {halved[name]:.2f} with half of ΔW")
 assert trained["held-out rows"] < base["held-out rows"]
 assert trained["general text"] > base["general text"] + 0.1
+assert trained["general text"] > halved["general text"] + 0.05
 
 # %% [markdown]
-# Better at the task, worse elsewhere: the model forgets. Is that the intruders' doing? Turn them down and see. With
-# $\lambda$ from 1 to 0,
+# Better at the task, worse elsewhere: the model forgets. (With half of $\Delta W$ both are better: it *was* too loud.)
+# Is forgetting the intruders' doing? Turn them down and see. With $\lambda$ from 1 to 0,
 #
 # $$W_0 + \Delta W + (\lambda - 1)\sum_{\text{intruders}} \sigma_j\, y_j z_j^\top$$
 #
 # leaves $\lambda$ of each. But turning anything down makes $\Delta W$ smaller, and a smaller update forgets less,
-# whatever was cut. So we need a **control**: an update made smaller by the same amount *without* looking at
-# intruders. Ours shrinks $\Delta W$ of each matrix as a whole, to the very norm that it has with its intruders down.
+# whatever was cut, as half of it showed. So we need a **control**: an update made smaller by the same amount *without*
+# looking at intruders. Ours shrinks $\Delta W$ of each matrix as a whole, to the very norm that it has with its
+# intruders down.
 
 
 # %%
@@ -245,7 +258,6 @@ for name in texts:
     damped, shrunk = curves[name][0.0]
     told = f"{trained[name]:.2f} as trained, {damped:.2f} without intruders, {shrunk:.2f} control"
     print(f"{name}: {told}; {base[name]:.2f} before training")
-assert curves["general text"][0.0][1] < trained["general text"]  # smaller forgets less
 
 # %% [markdown]
 # At the right end of each panel both are the adapter as it was trained; to the left, the intruders are turned down
@@ -253,10 +265,11 @@ assert curves["general text"][0.0][1] < trained["general text"]  # smaller forge
 # *gap* between the two lines, not the slope of one: the slope alone would have "proved" that intruders are to blame,
 # though a part of it comes from size alone, as the squares show.
 #
-# In this run the circles lie lower on the general text: for the same norm, taking intruders out cost less than
-# shrinking everything. That speaks for the definition. It is one seed, one task, a training as loud as few would
-# choose, and a gap of some tenths of a nat. The paper that named intruders ties them to forgetting; at least one
-# repetition found no more than the control gives. The question is open, and you now have the means to ask it.
+# In this run the squares do about as well as the circles on general text: taken by itself, the fall of the circles is
+# no evidence against intruders. On the task's own rows the circles lie lower. And it hangs on the run: with 16 rows and
+# 24 steps in place of 32 and 16, the circles were lower in both panels. The literature is as divided. The paper that
+# named intruders ties them to forgetting; at least one repetition found no more than the control gives. The question
+# is open, and you now have the means to ask it.
 #
 # ## What we saw
 #
@@ -264,7 +277,8 @@ assert curves["general text"][0.0][1] < trained["general text"]  # smaller forge
 # - Above, *any* direction becomes an intruder, a random one, too. So a count of intruders says that $\Delta W$ is
 #   strong beside $W_0$, and little more.
 # - Training lowered the loss on held-out rows of the task and raised it on general text: forgetting.
-# - Shrinking everything lowers the forgetting, too. Only the difference from that control is about intruders.
+# - Half of $\Delta W$ forgets less, whatever is in it. Only the difference from a control of the same norm is about
+#   intruders, and here it was small.
 #
 # What we did *not* see: gentle training. With $\alpha/r = 2$, eight steps gave no intruder at all in these matrices,
 # and the loss on general text rose a little all the same: a model can forget without any.
