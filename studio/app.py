@@ -110,13 +110,10 @@ def _open(studio: Studio, page: gr.Blocks, head: Any, run_id: Any, tabs: Any, lo
         chosen = gr.Dropdown(choices=runs.choices(studio, listed), value=value)
         return [chosen, gr.Tabs(selected=view.tab) if view.tab else gr.skip(), *shown]
 
-    def go(event: gr.EventData) -> Any:
-        return gr.Tabs(selected=event.tab)
-
     outputs = [run_id, tabs, *looked_at.outputs]
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
     page.load(studio.guard(opened), None, outputs, **options)
-    head.went(studio.guard(go), None, tabs, queue=False, **options)
+    head.went(None, None, tabs, js=links.GO, **options)
 
 
 def _wire(

@@ -44,7 +44,7 @@ def ways(**tabs: str) -> str:
 JS = """
 document.addEventListener('click', async (event) => {
     const way = event.target.closest('[data-tab]'), button = event.target.closest('[data-copy]');
-    if (way) trigger('went', {tab: way.dataset.tab});
+    if (way) { window.way = way.dataset.tab; trigger('went'); }
     if (!button) return;
     const link = button.parentElement.querySelector('a'), said = button.parentElement.querySelector('[role=status]');
     try {
@@ -57,6 +57,10 @@ document.addEventListener('click', async (event) => {
 });
 """
 """Runs once, in the page's head: the buttons of `View.link`, and of `ways`, which raise the event `went`."""
+
+
+GO = "() => ({__type__: 'update', selected: window.way})"
+"""What the event `went` sets the page's tabs to; it runs in the page, which need not ask for that."""
 
 
 def read(

@@ -271,8 +271,11 @@ def test_the_runs_tab_lists_downloads_and_deletes_only_after_a_question(trained,
     assert "finished" in page.locator("#runs-table").inner_text()
 
 
-def test_a_link_opens_a_matrix_of_the_run_and_is_copied_and_shown_by_the_keyboard_alone(trained, server):
+def test_buttons_and_links_open_views_of_the_run_and_the_keyboard_is_seen_where_it_is(trained, server):
     page = trained
+    open_tab(page, "Train")
+    page.locator("[data-tab=chat]:visible").click(timeout=WAIT)
+    page.wait_for_selector("#message:visible", timeout=WAIT)
     (run,) = Runs(Workspace(server.workspace)).list()
     asked = f"{server.url}?run={run.id}&tab=spectrum&module=model.layers.3.self_attn.q_proj"
     page.goto(asked)
