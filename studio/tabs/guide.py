@@ -32,6 +32,7 @@ CSS = """
 #guide { max-width: 62rem; }
 #guide .stepper-container { padding-inline: 1.5rem; }
 #guide-about .talk { max-width: 46rem; margin-top: .75rem; }
+#guide-seen svg { margin-top: .75rem; max-width: 100%; }
 """
 
 
@@ -83,7 +84,7 @@ def progress(run: Run) -> str:
     first, last = log.evaluations[0].loss, log.evaluations[-1].loss
     return drawn + theme.said(
         f"Done. On {MAX_EVAL_ROWS} rows that it was not trained on, the loss went from {first:.2f} to {last:.2f}: "
-        f"it learned the manner, not the rows. {log.started.num_trainable if log.started else 0:,} numbers were "
+        f"what it learned holds beyond its rows. {log.started.num_trainable if log.started else 0:,} numbers were "
         "trained, in two thin matrices beside each of the model's own."
     )
 
