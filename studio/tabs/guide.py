@@ -185,7 +185,7 @@ def build(studio: Studio, run_id: Any, tabs: Any) -> None:
         yield shown([theme.said("Loading the model …")] * 2)
         tokenizer, engine = studio.tokenizer(there.spec.model), studio.engine(there)
         ids = data.prompt_ids(Conversation().messages(there, text, 0), tokenizer, there.spec.data.template)
-        shown_at = 0.0
+        shown_at, answers = 0.0, []
         for answers in engine.answer_all(panes, [ids, ids], ChatSettings(max_new_tokens=96)):
             if time.monotonic() - shown_at > SHOW_SECONDS / 2:
                 shown_at = time.monotonic()
