@@ -51,7 +51,10 @@ def test_a_notebook_is_shown_whole(source, kept):
     for cell in kept["cells"]:
         assert "".join(cell["source"]).rstrip() in shown
     # HTML in a notebook is that of its solutions; the page's Markdown lets nothing else through either.
-    assert set(re.findall(r"^</?\w+", re.sub(r"(?s)(`{3,}).*?\1", "", shown), re.MULTILINE)) == {"<details", "</details"}
+    assert set(re.findall(r"^</?\w+", re.sub(r"(?s)(`{3,}).*?\1", "", shown), re.MULTILINE)) == {
+        "<details",
+        "</details",
+    }
 
 
 def test_a_notebook_leads_to_the_next_and_the_last_to_the_list():
