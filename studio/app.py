@@ -108,11 +108,13 @@ def _open(studio: Studio, page: gr.Blocks, head: Any, run_id: Any, tabs: Any, lo
         for problem in dict.fromkeys(problems):
             gr.Warning(escape(problem), duration=None)  # the toast takes HTML
         chosen = gr.Dropdown(choices=runs.choices(studio, listed), value=value)
-        return [chosen, gr.Tabs(selected=view.tab) if view.tab else gr.skip(), *shown]
+        return [chosen, view.tab or gr.skip(), *shown]
 
-    outputs = [run_id, tabs, *looked_at.outputs]
+    asked_tab = gr.Textbox(visible="hidden", elem_id="asked-tab")
+    outputs = [run_id, asked_tab, *looked_at.outputs]
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
-    page.load(studio.guard(opened), None, outputs, **options)
+    load = page.load(studio.guard(opened), None, outputs, **options)
+    load.success(None, asked_tab, tabs, js=links.OPEN, **options)
     head.went(None, None, tabs, js=links.GO, **options)
 
 

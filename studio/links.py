@@ -45,6 +45,7 @@ JS = """
 document.addEventListener('click', async (event) => {
     const way = event.target.closest('[data-tab]'), button = event.target.closest('[data-copy]');
     if (way) { window.way = way.dataset.tab; trigger('went'); }
+    window.wentOn ||= event.target.closest('#tabs > .tab-wrapper button') !== null;
     if (!button) return;
     const link = button.parentElement.querySelector('a'), said = button.parentElement.querySelector('[role=status]');
     try {
@@ -61,6 +62,9 @@ document.addEventListener('click', async (event) => {
 
 GO = "() => ({__type__: 'update', selected: window.way})"
 """What the event `went` sets the page's tabs to; it runs in the page, which need not ask for that."""
+
+OPEN = "(asked) => ({__type__: 'update', ...(asked && !window.wentOn ? {selected: asked} : {})})"
+"""What the page's tabs are set to when it opens, unless somebody opened one before the server answered."""
 
 
 def read(

@@ -137,8 +137,9 @@ def test_no_prompt_occurs_twice_within_or_between_splits(name):
 @pytest.mark.parametrize("name", COLUMNS)
 def test_about_names_columns_that_exist_and_prompts_of_the_evaluation(name):
     description = about(name)
+    task = ["task"] if name == "topics" else []
     assert list(description) == [
-        "title", "change", "layout", "prompt", "completion", "messages", "instruction", "examples"
+        "title", "change", *task, "layout", "prompt", "completion", "messages", "instruction", "examples"
     ]  # fmt: skip
     columns = [description[key] for key in ("prompt", "completion", "messages") if description[key]]
     assert columns == COLUMNS[name]

@@ -36,8 +36,7 @@ LINKS = '<nav><a class="learn" href="#learn">Learn</a><a class="back" href="#">T
 
 CSS = """
 .studio-head nav { margin-left: auto; }
-.studio-head nav a { color: var(--adapted) !important; font-weight: 600; }
-.dark .studio-head nav a { color: #f28c3f !important; }
+.studio-head nav a { color: var(--adapted-text) !important; font-weight: 600; }
 @media (max-width: 40rem) { .studio-head .sub { order: 1; } }
 body:not(.learning) :is(#lessons, .studio-head .back), .learning .studio-head .learn { display: none; }
 .learning #tabs { visibility: hidden; height: 0; overflow: hidden; }

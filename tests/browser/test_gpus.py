@@ -1,5 +1,7 @@
 """The choice of several GPUs, in a real browser; torch reports three, as this machine need not have one."""
 
+import pytest
+
 from studio.runs import Runs
 from studio.workspace import Workspace
 
@@ -13,6 +15,7 @@ torch.cuda.mem_get_info = lambda i: (i * 10**9, 8 * 10**9)
 """
 
 
+@pytest.mark.slow
 def test_ticked_gpus_become_the_device_of_the_run(server_after, workspace_folder, browser):
     server = server_after(THREE_GPUS)
     context = browser.new_context(viewport={"width": 1440, "height": 900})

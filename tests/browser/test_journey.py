@@ -32,7 +32,7 @@ def said_by(page, letter):
 
 
 def open_tab(page, name):
-    page.get_by_role("tab", name="Model", exact=True).first.wait_for(timeout=WAIT)
+    page.get_by_role("tab", name="Start", exact=True).first.wait_for(timeout=WAIT)
     tab = page.get_by_role("tab", name=name, exact=True).first
     if not tab.is_visible():  # on a narrow page the last tabs are behind a menu
         page.locator(".overflow-menu button").first.click()

@@ -72,6 +72,7 @@ def tab(page, name):
     page.get_by_role("tab", name=name, exact=True).first.click()
 
 
+@pytest.mark.slow
 def test_nothing_that_a_page_shows_runs(hostile, server, browser, tmp_path):
     folder, chatting, named = hostile
     context = browser.new_context(viewport={"width": 1440, "height": 900})

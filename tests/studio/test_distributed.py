@@ -114,6 +114,7 @@ def reap() -> None:
         child.wait()
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_that_one_makes_with_the_doubled_batch(runs, spec, alone):
     asked = EvaluationSpec(evaluation_task="exact", evaluation_at="each", evaluation_prompts=3, longest_answer=6)
     spec = dataclasses.replace(spec, evaluation=asked)

@@ -140,6 +140,7 @@ def test_activation_checkpointing_changes_no_gradient(activation_checkpointing):
             torch.testing.assert_close(by[path], p.grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_starter_model_packs_in_half_precision_too(tmp_path):
     model = load_model("starter", Workspace(tmp_path), device=torch.device("cpu"), dtype=torch.bfloat16)
     prepare_to_train(model)

@@ -15,7 +15,7 @@ from studio.opened import Source
 from studio.tabs import home, runs, train
 from tests.studio.page.pages import STARTED, events, handler, update
 
-PARTS = ("run", "tabs", "source", "said", "module", "sections", "section")
+PARTS = ("run", "tab", "source", "said", "module", "sections", "section")
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_the_link_beside_a_matrix_opens_that_matrix(opened, page, studio, traine
     told, said = opened(**query_of(about))
     assert said == []
     assert update(told["run"])["value"] == trained.id
-    assert (update(told["tabs"])["selected"], update(told["sections"])["selected"]) == ("spectrum", "matrix")
+    assert (told["tab"], update(told["sections"])["selected"]) == ("spectrum", "matrix")
     assert (told["source"], told["section"]) == (place, "matrix")
     assert update(told["module"])["value"] == quiet
     # The run of the header is new to the page after that, and must not turn it to another matrix.
@@ -58,8 +58,8 @@ def test_the_link_beside_a_matrix_opens_that_matrix(opened, page, studio, traine
 def test_the_link_of_runs_opens_that_run_there(opened, write_run):
     first, _ = (write_run([STARTED]) for _ in range(2))
     told, said = opened(**query_of(runs.details(first)))
-    assert (update(told["run"])["value"], update(told["tabs"])["selected"]) == (first.id, "runs")
-    assert said == [] and not told.keys() - {"run", "tabs"}
+    assert (update(told["run"])["value"], told["tab"]) == (first.id, "runs")
+    assert said == [] and not told.keys() - {"run", "tab"}
 
 
 def test_an_address_without_a_view_leaves_the_page_as_it_is(opened, trained):
@@ -88,7 +88,7 @@ def test_what_is_not_there_is_said_once_and_the_page_still_opens(query, sentence
     told, said = opened(**{name: trained.id if value == "ID" else value for name, value in query.items()})
     assert len(said) == 1 and said[0].startswith(sentence)
     assert update(told["run"])["value"] == trained.id
-    assert (update(told["tabs"])["selected"] if "tabs" in told else None) == tab
+    assert (told.get("tab")) == tab
 
 
 def test_a_matrix_of_a_run_without_an_adapter_is_said_not_to_be_there(opened, write_run):
