@@ -182,4 +182,6 @@ def _can_be_drawn(value: float) -> bool:
 def _number(value: float) -> str:
     if not _can_be_drawn(value):
         return "not finite"
+    if 0 < abs(value) < 0.001:  # with its zeros it is wider than its place
+        return f"{value:.2e}".replace("e-0", "e-")
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -124,8 +124,8 @@ CSS = f"""
 .live figcaption {{ display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .85rem; margin-bottom: .35rem; }}
 .live .key::before {{ content: ""; display: inline-block; width: .9rem; border-top: 3px solid var(--key);
   vertical-align: middle; margin-right: .35rem; }}
-.live .plot {{ position: relative; margin: 0 0 0 3.2rem !important; border-left: 1px solid var(--border-color-primary);
-  border-bottom: 1px solid var(--border-color-primary); }}
+.live .plot {{ position: relative; margin: 0 .6rem 0 3.2rem !important; border: solid var(--border-color-primary);
+  border-width: 0 0 1px 1px; }}
 .live svg {{ position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; fill: none; }}
 .live svg rect {{ fill: transparent; }}
 .live .grid {{ stroke: var(--border-color-primary); vector-effect: non-scaling-stroke; opacity: .7; }}

@@ -115,3 +115,10 @@ def test_any_numbers_give_a_chart_that_stays_inside_its_frame(values, height):
     html = live.chart("T", [live.Curve("c", "red", list(enumerate(values)), dots=True)], height=height)
     for line in drawn(html):
         assert all(-0.1 <= x <= 1000.1 and -0.1 <= y <= 100.1 for x, y in line)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0.000998, "9.98e-4"), (1e-12, "1.00e-12"), (0.00125, "0.00125"), (0, "0"), (12345, "12,345")]
+)
+def test_numbers_fit_beside_the_axis(value, words):
+    assert f"<b>{words}</b>" in live.chart("T", [live.Curve("", "red", [(1, value)])], height=100)
