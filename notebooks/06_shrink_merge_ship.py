@@ -69,8 +69,8 @@ def shortest_rows(source):
     spec = data.guess_spec(read_table(source, workspace), source, has_chat_template=True)
     found = data.prepare(spec, tokenizer, max_length=128, seed=0, workspace=workspace)
     parts = (sorted(part, key=lambda row: len(row.input_ids)) for part in found[:2])
-    learned, held_out = (part[:n] for part, n in zip(parts, (NUM_ROWS, 8), strict=True))
-    return learned, [*data.eval_batches(held_out, 8, tokenizer.pad_token_id)]
+    learned, held_out = (part[:n] for part, n in zip(parts, (NUM_ROWS, 4), strict=True))
+    return learned, [*data.eval_batches(held_out, 4, tokenizer.pad_token_id)]
 
 
 # %%

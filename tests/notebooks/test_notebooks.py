@@ -84,11 +84,17 @@ def test_figures_are_small(source):
     assert sizes and max(sizes) < 150_000
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A workspace of all notebooks, as a student's: the starter is unpacked by the first that asks for it."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.mark.parametrize(
     "source", [pytest.param(s, id=s.stem, marks=[] if s.stem in FAST else pytest.mark.slow) for s in SOURCES]
 )
-def test_a_notebook_runs_in_a_fresh_kernel(source, monkeypatch, tmp_path):
-    monkeypatch.setenv("LORA_STUDIO_HOME", str(tmp_path))
+def test_a_notebook_runs_in_a_fresh_kernel(source, monkeypatch, home):
+    monkeypatch.setenv("LORA_STUDIO_HOME", str(home))
     monkeypatch.setenv("LORA_STUDIO_NOTEBOOK_STEPS", "8")  # the claims hold already; those that are kept train longer
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
     ran = build.execute(build.read_source(source))  # its asserts are its claims
