@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from core import LoRAConfig, LoRAError, TrainConfig
-from studio import chat_page, data, figures, live, theme
+from studio import chat_page, data, figures, links, live, theme
 from studio.conversation import Conversation
 from studio.model_files import STARTER
 from studio.opened import Source
@@ -41,9 +41,13 @@ def starters() -> list[Starter]:
     return [s for s in list_starters() if s.task == "causal"]
 
 
+def _starter(source: str) -> Starter:
+    return next(starter for starter in starters() if starter.source == source)
+
+
 def spec_of(source: str, studio: Studio) -> RunSpec:
     """Returns the short run that teaches the starter model a starter set."""
-    (starter,) = (s for s in starters() if s.source == source)
+    starter = _starter(source)
     rows = data.guess_spec(studio.table(source), source, has_chat_template=True)
     settings = TrainConfig(
         steps=STEPS, batch_size=BATCH_SIZE, learning_rate=1e-3, warmup_steps=4, eval_every=STEPS // 2, spectrum_every=5
@@ -54,7 +58,7 @@ def spec_of(source: str, studio: Studio) -> RunSpec:
 
 def about(source: str, studio: Studio) -> str:
     """Returns HTML of what a starter set teaches, and of one of its rows."""
-    (starter,) = (s for s in starters() if s.source == source)
+    starter = _starter(source)
     table = studio.table(source)
     rows = data.guess_spec(table, source, has_chat_template=True)
     row = table.rows[0]
@@ -134,13 +138,7 @@ def build(studio: Studio, run_id: Any, tabs: Any) -> None:
         with gr.Step("Look", id=4):
             seen = gr.HTML(elem_id="guide-seen")
             with gr.Row(elem_classes=["tight"]):
-                ways = {
-                    "spectrum": gr.Button("Look at the spectrum", variant="primary"),
-                    "chat": gr.Button("Chat with it"),
-                    "home": gr.Button("Take it home"),
-                    "data": gr.Button("Teach it rows of my own"),
-                }
-                anew = gr.Button("Begin again", elem_id="guide-anew")
+                anew = gr.Button("Begin again", size="sm", elem_id="guide-anew")
 
     def teach(source: str) -> Iterator[list[Any]]:
         run = studio.start(spec_of(source, studio))
@@ -170,7 +168,7 @@ def build(studio: Studio, run_id: Any, tabs: Any) -> None:
         return studio.runs.get(run)
 
     def next_example(source: str, now: str = "") -> str:
-        (starter,) = (s for s in known if s.source == source)
+        starter = _starter(source)
         after = starter.examples.index(now) + 1 if now in starter.examples else 0
         return str(starter.examples[after % len(starter.examples)])
 
@@ -202,7 +200,12 @@ def build(studio: Studio, run_id: Any, tabs: Any) -> None:
             f"Each cell is one of the model's matrices. {loudest} changed most. Its update may use 8 directions; by "
             f"its spectrum it uses about {spectrum.effective_rank:.1f} of them. To see that is what this studio is for."
         )
-        return theme.said(words) + to_svg(figure, "How much each matrix was changed, by layer")
+        further = {"spectrum": "Look at the spectrum", "chat": "Chat with it", "home": "Take it home"}
+        return (
+            theme.said(words)
+            + to_svg(figure, "How much each matrix was changed, by layer")
+            + links.ways(**further, data="Teach it rows of my own")
+        )
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 
@@ -218,6 +221,4 @@ def build(studio: Studio, run_id: Any, tabs: Any) -> None:
     gr.on([ask.click, message.submit], studio.guard(answer_both), [mine, message], [base, adapted], **quiet)
     another.click(studio.guard(next_example), [source, message], message, queue=False, **quiet)
     go(to_see, 4).then(studio.guard(show_changes), mine, seen, **quiet)
-    for name, button in ways.items():
-        button.click(lambda name=name: gr.Tabs(selected=name), None, tabs, queue=False, **quiet)
     go(anew, 1)
