@@ -75,7 +75,8 @@ class Piece:
     Attributes:
         key: Its name in the experiment.
         measure: Returns what it found.
-        spec: The run that is trained first; None where nothing is. A run of the very same spec is used again.
+        spec: The run that is trained first; None where nothing is. A run of the same spec is used again,
+            whatever its name.
         settings: What else it depends on: where they change it is done anew.
     """
 

@@ -95,14 +95,18 @@ def of_text(
 
 
 def run_of(runs: Runs, spec: RunSpec) -> Run | None:
-    """Returns the run of just this spec, one that finished before others; None where there is none."""
-    found = [run for run in runs.list() if _spec(run) == spec]
+    """Returns the run of this spec, whatever its name, one that finished before others; None where there is none.
+
+    So what two experiments both need is trained once.
+    """
+    wanted = replace(spec, name="")
+    found = [run for run in runs.list() if _unnamed(run) == wanted]
     return next((run for run in found if run.status == "finished"), found[0] if found else None)
 
 
-def _spec(run: Run) -> RunSpec | None:
+def _unnamed(run: Run) -> RunSpec | None:
     try:
-        return run.spec
+        return replace(run.spec, name="")
     except LoRAError:  # a damaged one, of which the list of runs says so
         return None
 

@@ -241,14 +241,15 @@ def test_a_record_counts_as_long_as_the_run_that_it_names_is_there(two, write_ru
     assert conduct.record(piece) is None
 
 
-def test_the_run_of_a_spec_is_the_finished_one_and_a_damaged_run_is_passed_over(write_run, workspace):
+def test_the_run_of_a_spec_is_the_finished_one_whatever_its_name_and_a_damaged_run_is_passed_over(write_run, workspace):
     spec = RunSpec("Wanted")
     done = write_run([Finished(6, "done", 1)], spec)
     write_run([Finished(2, "stopped", 1)], spec)
     write_run().spec_file.write_text("{")
-    found = run_of(Runs(workspace), spec)
-    assert found is not None and found.id == done.id
-    assert run_of(Runs(workspace), RunSpec("Another")) is None
+    for name in ("Wanted", "By another experiment"):
+        found = run_of(Runs(workspace), replace(spec, name=name))
+        assert found is not None and found.id == done.id
+    assert run_of(Runs(workspace), replace(spec, model="another")) is None
 
 
 def test_the_lowest_loss_and_the_scores_of_the_best_step_are_read_off_a_run(write_run, workspace):
