@@ -15,7 +15,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from core import LoRAError, MethodConfig, TrainConfig
-from studio import doors, header, jobs, links, theme, watch
+from studio import doors, header, jobs, language, links, theme, watch
 from studio.data import DataSpec
 from studio.generating import EvaluationSpec
 from studio.remedies import remedies
@@ -110,7 +110,7 @@ def _open(studio: Studio, page: gr.Blocks, head: Any, run_id: Any, tabs: Any, lo
         chosen = gr.Dropdown(choices=runs.choices(studio, listed), value=value)
         return [chosen, view.tab or gr.skip(), *shown]
 
-    asked_tab = gr.Textbox(visible="hidden", elem_id="asked-tab")
+    asked_tab = gr.Textbox(visible="hidden", elem_id="asked-tab", elem_classes="unseen")
     outputs = [run_id, asked_tab, *looked_at.outputs]
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
     load = page.load(studio.guard(opened), None, outputs, **options)
@@ -244,7 +244,7 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
 _TITLE = (
     '<div class="studio-head"><h1>LoRA Studio</h1>'
     '<span class="sub">Fine-tune a language model, and see what the low-rank update learned</span>'
-    f"{learn.LINKS}</div>"
+    f"<nav>{learn.LINKS}{language.SWITCH}</nav></div>"
     '<div class="sub-line" id="head-line">Starting …</div>'
 )
 
@@ -288,10 +288,14 @@ def launch(
         inbrowser=False,
         prevent_thread_lock=True,
         theme=theme.theme(),
-        css=theme.CSS + learn.CSS + guide.CSS,
+        css=theme.CSS + learn.CSS + guide.CSS + language.CSS,
+        i18n=language.i18n(),
         footer_links=[],
         app_kwargs={
-            "middleware": [Middleware(doors.Doors, workspace=workspace, host=host, account=account), watch.CALM],
+            "middleware": [
+                Middleware(doors.Doors, workspace=workspace, host=host, account=account),
+                Middleware(watch.BeforeAll, watch.CALM, language.SCRIPT),
+            ],
         },
         max_file_size=doors.MAX_UPLOAD_BYTES,
         allowed_paths=[str(workspace.downloads)],

@@ -136,7 +136,7 @@ def talk(turns: Sequence[Turn], place: int, asked: str | None = None, answer: st
 
 def said(text: str) -> str:
     """Returns HTML of an answer, as text."""
-    return f'<div class="said-by"><p>{escape(_whole(text))}</p>{_COPY}</div>'
+    return f'<div class="said-by"><p translate="no">{escape(_whole(text))}</p>{_COPY}</div>'
 
 
 def coloured(shift: Shift, texts: Sequence[tuple[str, int]], decode: Any, before: str = "") -> str:
@@ -159,7 +159,7 @@ def coloured(shift: Shift, texts: Sequence[tuple[str, int]], decode: Any, before
             f'<span class="tok k{level}" tabindex="0" data-mind="{escape(mind)}">{escape(_whole(text))}</span>'
         )
         at += num
-    return f'<div class="said-by"><p>{"".join(parts)}</p>{_COPY}</div>{MIND}'
+    return f'<div class="said-by"><p translate="no">{"".join(parts)}</p>{_COPY}</div>{MIND}'
 
 
 def legend() -> str:
@@ -194,7 +194,7 @@ _EMPTY = '<p class="empty">The answer comes here.</p>'
 
 
 def _asked(text: str) -> str:
-    return f'<div class="asked"><p>{escape(_whole(text))}</p></div>'
+    return f'<div class="asked"><p translate="no">{escape(_whole(text))}</p></div>'
 
 
 def _whole(text: str) -> str:

@@ -22,7 +22,8 @@ _ORANGE = Color(
     c950="#381706",
 )
 
-_SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+_SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial")
+_SANS += ("Apple SD Gothic Neo", "Malgun Gothic", "Noto Sans CJK KR", "Noto Sans KR", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
 
@@ -192,6 +193,7 @@ table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600;
 .measured small {{ display: block; color: var(--body-text-color-subdued); font-size: .8rem; }}
 .dark #tokens span {{ color: var(--body-text-color); }}
 .scroll-x {{ overflow-x: auto; }}
+.unseen {{ display: none !important; }}
 .tight {{ justify-content: flex-start; gap: .5rem; flex-wrap: wrap; }} .tight > * {{ flex: 0 1 auto !important; }}
 .tight > button {{ min-width: 0 !important; }}
 .steps {{ margin: .4rem 0 0 1.2rem; padding: 0; font-size: .9rem; list-style: decimal; }}

@@ -4,7 +4,6 @@ Every few seconds a page asks once for the parts that change and puts them where
 round of states for each of its components; a page that nobody sees asks for nothing.
 """
 
-from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOK_SECONDS, LOOK_SECONDS_ON_CPU = 2, 4
@@ -43,19 +42,21 @@ setInterval(() => {
 """Runs in the page's head. `server.look` gives `parts`, id -> HTML, `turn`, and `every`, the milliseconds to the next
 look; when `turn` is a new one, the event `turned` is raised."""
 
-_CALM = b"""<script>
+CALM = """
 // Gradio's timers count tenths of a second in every frame, and one of them never ends: once a second will do.
 const frame = window.requestAnimationFrame.bind(window);
 window.requestAnimationFrame = (then) =>
     /performance[.]now[(][)].*1e3/.test(then) ? setTimeout(() => frame(then), 1000) : frame(then);
-</script>"""
+"""
+"""Runs before all other scripts of the page."""
 
 
-class _CalmPage:
-    """Puts a script before all others of the page; Gradio's own `head` comes too late for it."""
+class BeforeAll:
+    """Puts scripts before all others of the page; Gradio's own `head` comes too late for them."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, *scripts: str) -> None:
         self._app = app
+        self._head = "".join(["<head>", *(f"<script>{script}</script>" for script in scripts)]).encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "GET" or scope["path"] != "/":
@@ -72,13 +73,9 @@ class _CalmPage:
             body += message.get("body", b"")
             if message.get("more_body"):
                 return
-            body = body.replace(b"<head>", b"<head>" + _CALM, 1)
+            body = body.replace(b"<head>", self._head, 1)
             kept = [(key, value) for key, value in start["headers"] if key.lower() != b"content-length"]
             await send({**start, "headers": [*kept, (b"content-length", str(len(body)).encode())]})
             await send({"type": "http.response.body", "body": body})
 
         await self._app(scope, receive, collect)
-
-
-CALM = Middleware(_CalmPage)
-"""For the application that serves the page."""

@@ -115,7 +115,7 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
         as_text = gr.Button("Transcript as Markdown", size="sm", elem_id="as-markdown")
     with gr.Accordion("Votes of this run's blind tests", open=False):
         tally = gr.HTML(elem_id="tally")
-    file = gr.Textbox(visible="hidden", elem_id="chat-file")
+    file = gr.Textbox(visible="hidden", elem_id="chat-file", elem_classes="unseen")
     inputs = [widget for form in forms for widget in form.inputs]
     shifts.build(studio, run_id, num, inputs)
     prompt_list.build(studio, run_id, num, [heat, top_p, longest, seed], inputs, file)

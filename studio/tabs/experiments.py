@@ -112,7 +112,7 @@ def build(studio: Studio) -> None:
     with gr.Accordion("The paper's experiments", open=False, elem_id="experiments") as section, gr.Row():
         with gr.Column(scale=4, min_width=300):
             offered = [(f"{e.title} ({e.paper})", e.name) for e in EXPERIMENTS.values()]
-            name = gr.Dropdown(offered, value=_FIRST, label="Experiment", elem_id="experiment")
+            name = gr.Dropdown(offered, value=_FIRST, label="Experiment", filterable=False, elem_id="experiment")
             sizes = [(f"{size}: {words}", size) for size, words in SIZES.items()]
             size = gr.Radio(sizes, value="small", label="Size", elem_id="experiment-size", elem_classes="stacked")
             with gr.Accordion("Another model or data", open=False):

@@ -140,7 +140,12 @@ def build(
             kinds = [(words, key) for key, words in KINDS.items()]
             kind = gr.Radio(kinds, value="adapter", label="As", elem_id="export-kind", elem_classes="stacked")
             dtype = gr.Dropdown(
-                [OWN], value=OWN, label="Type of the weights", interactive=False, elem_id="export-dtype"
+                [OWN],
+                value=OWN,
+                label="Type of the weights",
+                interactive=False,
+                filterable=False,
+                elem_id="export-dtype",
             )
             force = gr.Checkbox(False, label="Write it even if the certificate is red", elem_id="export-force")
             with gr.Row(elem_classes="tight"):

@@ -95,7 +95,9 @@ def build(studio: Studio, run_id: Any, selected: Any, talk: Any) -> None:
                     info="0: the base and its head, 1: as trained. Moves ΔW and the head together.",
                     elem_id="label-strength",
                 )
-                beside = gr.Dropdown([MERGED], value=MERGED, label="Third pane", elem_id="label-beside")
+                beside = gr.Dropdown(
+                    [MERGED], value=MERGED, label="Third pane", filterable=False, elem_id="label-beside"
+                )
         note = gr.HTML(elem_id="label-note", padding=False)
         with gr.Row(equal_height=False):
             heads, bars, engines = [], [], []

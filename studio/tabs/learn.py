@@ -31,11 +31,11 @@ if (location.hash.startsWith('#learn')) setTimeout(follow);
 """
 """Runs in the page's head: the address decides whether tabs or lessons are seen, and raises the event `learn`."""
 
-LINKS = '<nav><a class="learn" href="#learn">Learn</a><a class="back" href="#">To the studio</a></nav>'
+LINKS = '<a class="learn" href="#learn">Learn</a><a class="back" href="#">To the studio</a>'
 """HTML for the page's head."""
 
 CSS = """
-.studio-head nav { margin-left: auto; }
+.studio-head nav { display: flex; align-items: baseline; gap: 1rem; margin-left: auto; }
 .studio-head nav a { color: var(--adapted-text) !important; font-weight: 600; }
 @media (max-width: 40rem) { .studio-head .sub { order: 1; } }
 body:not(.learning) :is(#lessons, .studio-head .back), .learning .studio-head .learn { display: none; }

@@ -65,7 +65,9 @@ def draw(place: int) -> PaneForm:
     with gr.Column(min_width=270, visible=place < 3, elem_classes=["pane-card"], elem_id=f"pane-{letter}") as column:
         head = gr.HTML(chat_page.head(LETTERS[place], kind, kind="" if shown else "base"))
         with gr.Group() as settings:
-            runs = gr.Dropdown(list(KINDS), value=kind, label="Runs", elem_id=f"kind-{letter}")
+            runs = gr.Dropdown(
+                list(KINDS), value=kind, label="What it runs", filterable=False, elem_id=f"kind-{letter}"
+            )
             fields = {
                 "adapter": gr.Dropdown([], label="Adapter of", visible="adapter" in shown),
                 "strength": gr.Slider(

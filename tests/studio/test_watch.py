@@ -1,7 +1,8 @@
-"""What an open page costs: its script comes first, and only the page gets it."""
+"""What an open page costs: its scripts come first, and only the page gets it."""
 
 import pytest
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
@@ -16,16 +17,18 @@ def client():
         Route("/", lambda _: HTMLResponse(page, headers={"x-mine": "kept"})),
         Route("/other", lambda _: PlainTextResponse("<head>")),
     ]
-    with TestClient(Starlette(routes=routes, middleware=[watch.CALM])) as client:
+    with TestClient(
+        Starlette(routes=routes, middleware=[Middleware(watch.BeforeAll, watch.CALM, "first()")])
+    ) as client:
         yield client
 
 
-def test_the_script_stands_before_all_others(client):
+def test_the_scripts_stand_before_all_others(client):
     answer = client.get("/")
     assert answer.headers["x-mine"] == "kept"
     assert int(answer.headers["content-length"]) == len(answer.content)
     head = answer.text.partition("<head>")[2]
-    assert head.startswith("<script>") and head.index("requestAnimationFrame") < head.index("first.js")
+    assert head.index("requestAnimationFrame") < head.index("<script>first()</script>") < head.index("first.js")
     assert answer.text.endswith("<body>ä</body></html>")
 
 

@@ -270,7 +270,9 @@ def build(frame: Frame, tab: Any) -> Any:
     studio = frame.studio
     with gr.Row(equal_height=True):
         other = gr.Dropdown([], label="Compare with", elem_id="other", min_width=280, scale=3)
-        basis = gr.Dropdown(list(BASES.items()), value="A-right", label="Directions of", min_width=240, scale=2)
+        basis = gr.Dropdown(
+            list(BASES.items()), value="A-right", label="Directions of", filterable=False, min_width=240, scale=2
+        )
     told = gr.HTML(elem_id="compare-facts")
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):

@@ -21,7 +21,7 @@ const mark = () => {
     const range = element.querySelector('input'), svg = document.querySelector('#past-plot svg');
     if (!range || !stops().length) return;
     const [step, x, top, bottom] = stops()[range.value], output = element.querySelector('output');
-    if (output.textContent !== `step ${step}`) output.textContent = `step ${step}`;
+    if (output.step !== step) output.textContent = `step ${output.step = step}`;
     range.setAttribute('aria-valuetext', `step ${step}`);
     if (!svg) return;
     let line = svg.querySelector('.mark');
