@@ -109,7 +109,7 @@ def info(help: str, why: str = "") -> str:
         LoRAError: `why` is no list of places as `Setting.why` is.
     """
     links = [f"{place}]({address(place)})" for place in why.split("; ") if place]
-    return help + (f" [Why: {', ['.join(links)}" if links else "")
+    return help + (f" [Why: {'; ['.join(links)}" if links else "")
 
 
 def widget(s: Setting, value: Any) -> Any:

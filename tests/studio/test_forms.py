@@ -106,7 +106,7 @@ def test_each_why_is_a_link_to_a_part_that_the_lora_paper_has_or_to_another_pape
 
 def test_several_places_are_links_beside_each_other():
     assert info("Help.", "LoRA paper, §4; DoRA, arXiv:2402.09353") == (
-        "Help. [Why: LoRA paper, §4](https://arxiv.org/pdf/2106.09685#section.4), "
+        "Help. [Why: LoRA paper, §4](https://arxiv.org/pdf/2106.09685#section.4); "
         "[DoRA, arXiv:2402.09353](https://arxiv.org/abs/2402.09353)"
     )
 
