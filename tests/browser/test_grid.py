@@ -130,6 +130,7 @@ def test_presets_names_and_patterns_show_in_the_grid_and_the_grid_in_them(page, 
 
 
 def test_the_settings_beside_it_are_told_word_by_word_and_link_to_papers_in_another_tab(page):
+    page.locator("button.label-wrap:visible", has_text="More").click()
     for s in settings(LoRAConfig):
         if s.name == "target_modules":  # the grid's own
             continue
