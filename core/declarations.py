@@ -29,12 +29,14 @@ class Setting:
         type: The field's annotation.
         default: The value that a config has when nothing is said.
         label: A short title for people.
-        help: One or two plain sentences: what it does, its usual range.
+        help: Two or three short plain sentences: what it does, its usual range, what a wrong value does.
         minimum, maximum: Inclusive bounds, or None.
         above, below: Exclusive bounds, or None.
         choices: The allowed values, or None; a table of value → title where people call them otherwise.
         advanced: True where a form should tuck it away.
         only: Of the config's first setting, the choices under which this one means something; empty for all.
+        why: Where a paper speaks of it, one place or more with semicolons between them: "LoRA paper, §7.2", of Hu et
+            al. 2021, its "LoRA paper, app. D", or the name of another with its number, "DoRA, arXiv:2402.09353".
     """
 
     name: str
@@ -49,6 +51,12 @@ class Setting:
     choices: Collection[str] | None = None
     advanced: bool = False
     only: tuple[str, ...] = ()
+    why: str = ""
+
+    @property
+    def told(self) -> str:
+        """`help` where links are none, the source in brackets after it."""
+        return f"{self.help} ({self.why})" if self.why else self.help
 
     def problem(self, value: Any) -> str | None:
         """Returns why `value` is not allowed, as one sentence, or None."""

@@ -53,33 +53,45 @@ class MethodConfig(Config):
         "LoRA, or what its paper compares it with: those leave the matrices chosen in Model unused, and have no "
         "spectrum, no merging and no export. Full fine-tuning wants about a tenth of LoRA's learning rate.",
         choices=METHODS,
+        why="LoRA paper, §5.1",
     )
     bottleneck: int = setting(
         16,
         "Bottleneck",
-        "Width r of each adapter, d → r → d. The paper takes 8 to 64.",
+        "Width r of each adapter, d → r → d. The paper takes 8 to 64. Wider costs memory; too narrow learns "
+        "too little.",
         minimum=1,
         maximum=100_000,
         only=_ADAPTERS,
+        why="LoRA paper, app. D",
     )
     num_layers: int = setting(
-        2, "Layers", "How many of the last layers are trained.", minimum=1, maximum=100_000, only=("last_layers",)
+        2,
+        "Layers",
+        "How many of the last layers are trained; 2 in the paper. More learn more, and need more memory.",
+        minimum=1,
+        maximum=100_000,
+        only=("last_layers",),
+        why="LoRA paper, §5.1",
     )
     prefix_length: int = setting(
         8,
         "Prefix (tokens)",
-        "Trained tokens before each row. They count in the longest row, and in the context.",
+        "Trained tokens before each row. They count in the longest row, and in the context. 8 to 256; the paper's get "
+        "worse above 256, or above 32 in each layer.",
         minimum=0,
         maximum=100_000,
         only=_PREFIXES,
+        why="LoRA paper, §5.5",
     )
     infix_length: int = setting(
         8,
         "Infix (tokens)",
-        "Trained tokens between prompt and answer.",
+        "Trained tokens between prompt and answer; 8 in the paper. They count like the prefix.",
         minimum=0,
         maximum=100_000,
         only=_PREFIXES,
+        why="LoRA paper, app. D",
     )
 
     @property

@@ -127,7 +127,7 @@ def _add_spec(parser: argparse.ArgumentParser, nargs: str | None = None) -> None
         group = parser.add_argument_group(f"settings that go before those of SPEC ({config.__name__})")
         for s in settings(config):
             metavar = "{" + ",".join(s.choices) + "}" if s.choices else "X"
-            group.add_argument(f"--{s.name.replace('_', '-')}", metavar=metavar, help=s.help.replace("%", "%%"))
+            group.add_argument(f"--{s.name.replace('_', '-')}", metavar=metavar, help=s.told.replace("%", "%%"))
 
 
 def of_runs(command: Callable[..., argparse.ArgumentParser]) -> Callable[..., argparse.ArgumentParser]:

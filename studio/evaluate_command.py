@@ -23,7 +23,7 @@ def add_command(add: Callable[..., argparse.ArgumentParser]) -> None:
             continue
         choices = "{" + ",".join(TASKS) + "}" if s.name == "evaluation_task" else "X"
         flag = "--" + _FLAGS.get(s.name, s.name).replace("_", "-")
-        told = f"{s.help} (default: the run's)".replace("%", "%%")
+        told = f"{s.told} (default: the run's)".replace("%", "%%")
         command.add_argument(flag, dest=s.name, metavar=choices, help=told)
     command.add_argument(
         "--against", metavar="OTHER", help="also say how far it scores above another run's answers to the same prompts"

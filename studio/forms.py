@@ -1,16 +1,20 @@
 """From declared settings to widgets, and from the widgets' values back to a checked config."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import gradio as gr
 
-from core import Config, Setting, settings
+from core import Config, LoRAError, Setting, quoted, settings
 
 MOST_RADIOS = 6
 """More choices than these are in a list that opens."""
+
+PAPER = "https://arxiv.org/pdf/2106.09685"
+"""Hu et al. 2021; a place in it follows as LaTeX names it, #subsection.7.2 or #appendix.D."""
 
 
 class Form:
@@ -79,9 +83,43 @@ def _rows(chosen: list[Setting], defaults: dict[str, Any]) -> tuple[list[Any], l
     return widgets, depending
 
 
+def address(place: str) -> str:
+    """Returns the link to a place that `Setting.why` names.
+
+    Raises:
+        LoRAError: It is neither a section or an appendix of the LoRA paper, nor ends as a paper's number does.
+    """
+    if found := re.fullmatch(r"[\w+ ]+, arXiv:(\d{4}\.\d{4,5})", place):
+        return f"https://arxiv.org/abs/{found[1]}"
+    if found := re.fullmatch(r"LoRA paper, (?:§(\d(\.\d)?)|app\. ([A-H]))", place):
+        section, is_deep, appendix = found.groups()
+        return f"{PAPER}#appendix.{appendix}" if appendix else f"{PAPER}#{'sub' if is_deep else ''}section.{section}"
+    raise LoRAError(
+        f"`why` (={quoted(place)}) must be a place like 'LoRA paper, §7.2', 'LoRA paper, app. D' or "
+        "'DoRA, arXiv:2402.09353'."
+    )
+
+
+def info(help: str, why: str = "") -> str:
+    """Returns an explanation and where a paper speaks of it, in the few marks that Gradio knows there.
+
+    Gradio escapes all else, and opens the links in a tab of their own that knows nothing of this one.
+
+    Raises:
+        LoRAError: `why` is no list of places as `Setting.why` is.
+    """
+    links = [f"{place}]({address(place)})" for place in why.split("; ") if place]
+    return help + (f" [Why: {'; ['.join(links)}" if links else "")
+
+
 def widget(s: Setting, value: Any) -> Any:
     """Returns the Gradio component for one setting, its explanation beside it."""
-    common: dict[str, Any] = {"label": s.label, "info": s.help, "elem_id": f"setting-{s.name}", "min_width": 220}
+    common: dict[str, Any] = {
+        "label": s.label,
+        "info": info(s.help, s.why),
+        "elem_id": f"setting-{s.name}",
+        "min_width": 220,
+    }
     if s.choices is not None:
         choices = [(s.choices[c], c) for c in s.choices] if isinstance(s.choices, Mapping) else list(s.choices)
         if len(choices) > MOST_RADIOS:

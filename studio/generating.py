@@ -24,6 +24,7 @@ class EvaluationSpec(Config):
         "Generates answers to held-out prompts and measures them. data_to_text: BLEU, NIST, METEOR, ROUGE-L, CIDEr. "
         "text_to_sql: logical form. summary: ROUGE-1, 2 and L. exact: the very words.",
         choices=("none", *TASKS),
+        why="LoRA paper, §5.4; LoRA paper, §5.5",
     )
     evaluation_at: str = setting(
         "end",
@@ -36,13 +37,24 @@ class EvaluationSpec(Config):
         50,
         "Prompts",
         "The first so many distinct prompts of the held-out rows; of rows with one prompt, all completions are its "
-        "references.",
+        "references. Usually 50 to 500: fewer are rough, more take longer.",
         minimum=1,
         maximum=100_000,
     )
-    longest_answer: int = setting(96, "Longest answer", "In tokens.", minimum=1, maximum=100_000)
+    longest_answer: int = setting(
+        96,
+        "Longest answer",
+        "In tokens; usually 32 to 256. Too short cuts answers off; longer takes more time.",
+        minimum=1,
+        maximum=100_000,
+    )
     beams: int = setting(
-        1, "Beams", "1 takes the likeliest token each time; the paper searches with 10.", minimum=1, maximum=64
+        1,
+        "Beams",
+        "1 takes the likeliest token each time; the paper searches with 10. More take longer.",
+        minimum=1,
+        maximum=64,
+        why="LoRA paper, app. D",
     )
     length_penalty: float = setting(
         1.0,
@@ -52,14 +64,17 @@ class EvaluationSpec(Config):
         minimum=-10,
         maximum=10,
         advanced=True,
+        why="LoRA paper, app. D",
     )
     no_repeat: int = setting(
         0,
         "No repeats of",
-        "No run of so many tokens comes twice in an answer; the paper has 4. 0 allows any.",
+        "No run of so many tokens comes twice in an answer; the paper has 4. Too small forbids common words; 0 allows "
+        "any.",
         minimum=0,
         maximum=100,
         advanced=True,
+        why="LoRA paper, app. D",
     )
 
     @property

@@ -86,6 +86,7 @@ class DataSpec(Config):
         "By which the best step is found. auto: accuracy, or Pearson's correlation of numbers. GLUE takes F1 on MRPC "
         "and QQP, Matthews' correlation on CoLA.",
         choices=("auto", "accuracy", "f1", "matthews", "pearson", "spearman"),
+        why="GLUE, arXiv:1804.07461",
     )
     layout: Literal["pair", "messages", "text"] = setting(
         "pair",
@@ -115,15 +116,16 @@ class DataSpec(Config):
     eval_fraction: float = setting(
         0.1,
         "Share held out",
-        "Share of rows kept from training to measure the loss on. Ignored where the data set has its own.",
+        "Share of rows kept from training to measure the loss on; usually 0.05 to 0.2. Too few make it a rough guess. "
+        "Ignored where the data set has its own.",
         minimum=0,
         maximum=0.5,
     )
     max_eval_rows: int = setting(
         64,
         "Most rows held out",
-        "Evaluation takes time: at most so many rows are measured. Held-out rows beyond it that the data set brings "
-        "are left out; others are trained on.",
+        "Evaluation takes time: at most so many rows are measured; 64 to 500 is usual. Held-out rows beyond "
+        "it that the data set brings are left out; others are trained on.",
         minimum=1,
         advanced=True,
     )
@@ -134,7 +136,11 @@ class DataSpec(Config):
         choices=("stop", "skip"),
     )
     max_rows: int = setting(
-        0, "Most rows", "Takes so many rows, drawn by the seed. 0 takes all.", minimum=0, advanced=True
+        0,
+        "Most rows",
+        "Takes so many rows, drawn by the seed. 0 takes all; few are quick, and teach less.",
+        minimum=0,
+        advanced=True,
     )
 
     @property

@@ -9,6 +9,8 @@ from core import Adapter, Baseline, Config, LoRAError, setting
 LOWEST, HIGHEST = -1.0, 2.0
 """Bounds of a strength: 0 is the base, 1 the adapter as it was trained; −1 takes away what it adds."""
 
+_ADDED = "Task arithmetic, arXiv:2212.04089"
+
 
 class Source(NamedTuple):
     """An adapter as a pane runs it.
@@ -40,13 +42,26 @@ class Pane(Config):
 
     adapter: str = setting("", "Adapter", "The run whose adapter is used.")
     strength: float = setting(
-        1.0, "Strength", "0: the base, 1: as trained. Takes effect at the next token.", minimum=LOWEST, maximum=HIGHEST
+        1.0,
+        "Strength",
+        "0: the base, 1: as trained, up to 2: exaggerated; -1 takes away what it adds. Takes effect at the next token.",
+        minimum=LOWEST,
+        maximum=HIGHEST,
+        why="LoRA paper, §4.1",
     )
-    rank: int = setting(0, "Rank", "Only the strongest directions of each ΔW, so many; 0: all.", minimum=0)
+    rank: int = setting(
+        0,
+        "Rank",
+        "Only the strongest directions of each ΔW, so many; 0: all. Too few, and it forgets what it learnt.",
+        minimum=0,
+        why="LoRA paper, §7.2",
+    )
     step: int = setting(0, "Checkpoint", "The step it is taken from; 0: as it was saved last.", minimum=0)
-    plus: str = setting("", "Second adapter", "Its ΔW is added to the first one's.")
-    plus_strength: float = setting(1.0, "Strength of the second", "As above.", minimum=LOWEST, maximum=HIGHEST)
-    merged: bool = setting(False, "Merged", "W0 + ΔW as one matrix, without a LoRA layer.")
+    plus: str = setting("", "Second adapter", "Its ΔW is added to the first one's.", why=_ADDED)
+    plus_strength: float = setting(
+        1.0, "Strength of the second", "As the first's: -1 to 2.", minimum=LOWEST, maximum=HIGHEST, why=_ADDED
+    )
+    merged: bool = setting(False, "Merged", "W0 + ΔW as one matrix, without a LoRA layer.", why="LoRA paper, §4.1")
 
     def further_problems(self) -> list[str]:
         """Returns what is asked of an adapter that is not named."""

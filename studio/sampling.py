@@ -5,34 +5,46 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core import LoRAError
+from core import Config, setting
 
 
 @dataclass(frozen=True)
-class ChatSettings:
+class ChatSettings(Config):
     """How tokens are chosen.
 
-    Attributes:
-        max_new_tokens: Longest answer.
-        temperature: 0 takes the likeliest token; above, the logits are divided by it and a token is drawn.
-        top_p: Only the likeliest tokens that together have this probability are drawn from.
-        seed: Of the draw; the same for every pane.
+    Raises:
+        LoRAError: A setting is out of range.
     """
 
-    max_new_tokens: int = 96
-    temperature: float = 0.0
-    top_p: float = 0.95
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise LoRAError(f"`max_new_tokens` (={self.max_new_tokens}) must be at least 1.")
-        if not 0 <= self.temperature <= 5:
-            raise LoRAError(f"`temperature` (={self.temperature}) must be from 0 to 5.")
-        if not 0 <= self.seed < 2**63:
-            raise LoRAError(f"`seed` (={self.seed}) must be at least 0 and below 2⁶³.")
-        if not 0 < self.top_p <= 1:
-            raise LoRAError(f"`top_p` (={self.top_p}) must be above 0 and at most 1.")
+    max_new_tokens: int = setting(
+        96,
+        "Longest answer (tokens)",
+        "Answers are cut off there; usually 32 to 512. 96 tokens are some 70 words.",
+        minimum=1,
+    )
+    temperature: float = setting(
+        0.0,
+        "Temperature",
+        "How freely tokens are drawn. 0: always the likeliest. 0.7 to 1 is usual; far above, it rambles.",
+        minimum=0,
+        maximum=5,
+    )
+    top_p: float = setting(
+        0.95,
+        "Top p",
+        "Draws from the likeliest tokens that together have this probability; 0.9 to 1 is usual. Used above "
+        "temperature 0.",
+        above=0,
+        maximum=1,
+        why="Nucleus sampling, arXiv:1904.09751",
+    )
+    seed: int = setting(
+        0,
+        "Seed",
+        "The same for all panes. Any whole number from 0; another draws other answers, above temperature 0.",
+        minimum=0,
+        maximum=2**63 - 1,
+    )
 
 
 def choose(logits: Tensor, settings: ChatSettings, generator: torch.Generator) -> int:

@@ -79,6 +79,10 @@ CSS = f"""
   *, ::before, ::after {{ animation-duration: 1ms !important; animation-iteration-count: 1 !important;
     transition-duration: 1ms !important; scroll-behavior: auto !important; }}
 }}
+.info-text a {{ color: inherit !important; text-underline-offset: 2px; }}
+.info-text a:hover {{ color: var(--body-text-color) !important; }}
+[id^=setting-] {{ min-width: min(220px, 100%) !important; }}
+.head > label:has(.info-text) {{ flex: 1 1 9rem !important; }}
 .gradio-container > main {{ max-width: 1360px; margin: 0 auto !important; }}
 .secondary-wrap input {{ padding-right: 1.6rem !important; text-overflow: ellipsis; }}
 .studio-head {{ display: flex; flex-wrap: wrap; align-items: baseline; gap: .35rem 1rem; }}

@@ -10,10 +10,11 @@ from typing import Any
 
 import gradio as gr
 
-from core import LoRAError
+from core import LoRAError, settings
 from studio import ballots, chat_page, conversation, data, links, theme
 from studio.answers import Answer
 from studio.conversation import Conversation, Reply, unstopped
+from studio.forms import info
 from studio.panes import Pane
 from studio.runs import Run
 from studio.sampling import ChatSettings
@@ -73,6 +74,7 @@ def examples_for(run: Run | None) -> list[str]:
 def build(studio: Studio, run_id: Any, selected: Any) -> None:
     """Draws the tab for the run that `run_id` holds."""
     past, live, order = gr.State(Conversation()), gr.State(Live()), gr.State([])
+    told: dict[str, Any] = {s.name: {"label": s.label, "info": info(s.help, s.why)} for s in settings(ChatSettings)}
     with gr.Row(equal_height=False):
         with gr.Column(scale=7, min_width=320):
             message = gr.Textbox(label="Message", lines=2, max_lines=6, elem_id="message", autofocus=False)
@@ -91,11 +93,11 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
                     colour = gr.Checkbox(True, label="Colour where it changed its mind", elem_id="colour")
             with gr.Accordion("Sampling and system prompt", open=False):
                 with gr.Row():
-                    heat = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: the likeliest token.")
-                    top_p = gr.Slider(0.05, 1, value=0.95, step=0.05, label="Top p", info="Used above temperature 0.")
+                    heat = gr.Slider(0, 2, value=0, step=0.05, **told["temperature"])
+                    top_p = gr.Slider(0.05, 1, value=0.95, step=0.05, **told["top_p"])
                 with gr.Row():
-                    longest = gr.Slider(8, 512, value=96, step=8, label="Longest answer (tokens)")
-                    seed = gr.Number(value=0, precision=0, label="Seed", info="The same for all panes.")
+                    longest = gr.Slider(8, 512, value=96, step=8, **told["max_new_tokens"])
+                    seed = gr.Number(value=0, precision=0, **told["seed"])
                 system = gr.Textbox(
                     label="System prompt",
                     info="Empty: what the chat template puts there itself. Holds for a new conversation.",

@@ -79,7 +79,7 @@ def draw() -> Part:
     with gr.Row(elem_id="fit-row", equal_height=False):
         free = gr.Textbox(
             label="Memory it may take (GB)",
-            info="Of each device.",
+            info="Of each device, such as 8.",
             placeholder="what is free now",
             max_lines=1,
             min_width=160,

@@ -8,6 +8,7 @@ import gradio as gr
 
 from core import LoRAError
 from studio import chat_page
+from studio.forms import info
 from studio.panes import HIGHEST, LOWEST, Pane
 from studio.runs import Run
 from studio.state import Studio
@@ -76,14 +77,29 @@ def draw(place: int) -> PaneForm:
                     value=1,
                     step=0.05,
                     label="Strength",
-                    info="0: the base, 1: as trained. Also while it answers.",
+                    info="0: the base, 1: as trained, 2: twice ΔW, -1: its opposite. Also while it answers.",
                     visible="strength" in shown,
                     elem_id=f"strength-{letter}",
                 ),
-                "rank": gr.Number(1, label="Directions kept", precision=0, minimum=1, visible="rank" in shown),
+                "rank": gr.Number(
+                    1,
+                    label="Directions kept",
+                    info="From 1 to r, of each ΔW the strongest. Too few lose what it learnt.",
+                    precision=0,
+                    minimum=1,
+                    visible="rank" in shown,
+                ),
                 "step": gr.Dropdown([], label="Checkpoint of step", visible=False),
                 "plus": gr.Dropdown([], label="Plus the adapter of", visible=False),
-                "plus_strength": gr.Slider(LOWEST, HIGHEST, value=1, step=0.05, label="Its strength", visible=False),
+                "plus_strength": gr.Slider(
+                    LOWEST,
+                    HIGHEST,
+                    value=1,
+                    step=0.05,
+                    label="Its strength",
+                    info=info("0: not at all, 1: as trained.", "Task arithmetic, arXiv:2212.04089"),
+                    visible=False,
+                ),
             }
         talk = gr.HTML(chat_page.talk((), place), js_on_load=chat_page.JS, elem_id=f"talk-{letter}")
         engine = gr.HTML(

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from core import LoRAConfig, plan
+from core import LoRAConfig, plan, settings
 from studio import models
+from studio.forms import address
 from studio.runs import Runs
 from studio.workspace import Workspace
 from tests.browser.test_journey import open_tab
@@ -126,6 +127,17 @@ def test_presets_names_and_patterns_show_in_the_grid_and_the_grid_in_them(page, 
     page.get_by_label("All linear").check()  # a preset goes before what was there
     agrees(page, skeleton)
     assert pattern.input_value() == ""
+
+
+def test_the_settings_beside_it_are_told_word_by_word_and_link_to_papers_in_another_tab(page):
+    page.locator("button.label-wrap:visible", has_text="More").click()
+    for s in settings(LoRAConfig):
+        if s.name == "target_modules":  # the grid's own
+            continue
+        told = page.locator(f"#setting-{s.name} .info-text")
+        assert told.text_content() == s.help + (f" Why: {s.why}" if s.why else "")
+        links = told.locator("a").evaluate_all("all => all.map(e => [e.href, e.target, e.rel.split(' ')[0]])")
+        assert links == [[address(place), "_blank", "noopener"] for place in s.why.split("; ") if place]
 
 
 def test_the_grid_is_worked_by_keys_alone_and_says_what_is_where(page, skeleton):

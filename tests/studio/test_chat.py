@@ -642,9 +642,9 @@ def test_strengths_are_told_as_they_stand_in_the_layers(base, adapter):
     ("values", "message"),
     [
         ({"max_new_tokens": 0}, r"`max_new_tokens` \(=0\) must be at least 1\."),
-        ({"temperature": -0.1}, r"`temperature` \(=-0\.1\) must be from 0 to 5\."),
-        ({"temperature": 5.1}, r"`temperature` \(=5\.1\) must be from 0 to 5\."),
-        ({"temperature": float("nan")}, r"`temperature` \(=nan\) must be from 0 to 5\."),
+        ({"temperature": -0.1}, r"`temperature` \(=-0\.1\) must be at least 0 and at most 5\."),
+        ({"temperature": 5.1}, r"`temperature` \(=5\.1\) must be at least 0 and at most 5\."),
+        ({"temperature": float("nan")}, r"`temperature` \(=nan\) must be at least 0 and at most 5\."),
         ({"top_p": 0.0}, r"`top_p` \(=0\.0\) must be above 0 and at most 1\."),
         ({"top_p": 1.1}, r"`top_p` \(=1\.1\) must be above 0 and at most 1\."),
         ({"top_p": float("nan")}, r"`top_p` \(=nan\) must be above 0 and at most 1\."),

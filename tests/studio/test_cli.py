@@ -367,8 +367,11 @@ def test_a_setting_that_cannot_be_is_one_sentence_and_makes_no_run(words, senten
 
 def test_train_s_help_explains_every_setting(command):
     _, out, _ = command("train", "--help")
+    told = "".join(out.split())  # however it is wrapped
     for config in (LoRAConfig, TrainConfig):
-        assert all(f"--{s.name.replace('_', '-')}" in out for s in settings(config))
+        for s in settings(config):
+            assert f"--{s.name.replace('_', '-')}" in out and "".join(s.told.split()) in told
+    assert "(LoRApaper,§7.2)" in told and "http" not in told
 
 
 def test_train_while_another_run_is_going_waits_and_ctrl_c_takes_it_out(command, tmp_path, hold, monkeypatch):

@@ -2,15 +2,23 @@
 
 import asyncio
 import dataclasses
+import re
 
 import gradio as gr
 import pytest
 
-from core import Config, LoRAConfig, LoRAError, TrainConfig, setting, settings
+from core import Config, LoRAConfig, LoRAError, MethodConfig, TrainConfig, setting, settings
 from studio.data import DataSpec
-from studio.forms import Form, widget
+from studio.forms import Form, address, info, widget
+from studio.generating import EvaluationSpec
+from studio.panes import Pane
+from studio.sampling import ChatSettings
 
 CONFIGS = [LoRAConfig, TrainConfig, DataSpec]
+ALL = [(config, s) for config in (*CONFIGS, MethodConfig, EvaluationSpec, Pane, ChatSettings) for s in settings(config)]
+each_setting = pytest.mark.parametrize(
+    "s", [s for _, s in ALL], ids=[f"{config.__name__}.{s.name}" for config, s in ALL]
+)
 
 
 def draw(config: type[Config], names=None, **defaults) -> Form:
@@ -67,8 +75,48 @@ def test_each_setting_is_drawn_with_its_title_its_explanation_and_an_id(config, 
     declared = {s.name: s for s in settings(config)}
     for name, drawn in zip(form.names, form.widgets, strict=True):
         s = declared[name]
-        assert s.label and s.help
-        assert (drawn.label, drawn.info, drawn.elem_id) == (s.label, s.help, f"setting-{name}")
+        assert (drawn.label, drawn.info, drawn.elem_id) == (s.label, info(s.help, s.why), f"setting-{name}")
+
+
+@each_setting
+def test_each_setting_is_told_in_few_sentences_and_a_number_by_its_usual_range(s):
+    assert s.label and s.help.endswith(".") and len(s.help) < 240
+    assert s.type not in (int, float) or re.search(r"\d", s.help)
+    # What Gradio would take for its marks of code, links, bold or italics would not be shown as it stands.
+    assert re.search(r"[`*\[\]]|__|(?<!\w)_|https?:|arXiv", s.help) is None
+
+
+SECTIONS = {"4": 2, "5": 5, "7": 3}
+"""Sections of the LoRA paper that have parts, and how many."""
+
+
+@each_setting
+def test_each_why_is_a_link_to_a_part_that_the_lora_paper_has_or_to_another_paper(s):
+    for place in filter(None, s.why.split("; ")):
+        link = address(place)
+        if section := re.fullmatch(r"https://arxiv\.org/pdf/2106\.09685#subsection\.(\d)\.(\d)", link):
+            assert 1 <= int(section[2]) <= SECTIONS[section[1]] and place == f"LoRA paper, §{section[1]}.{section[2]}"
+        elif "/pdf/" in link:
+            assert (place, link) == ("LoRA paper, app. D", "https://arxiv.org/pdf/2106.09685#appendix.D")
+        else:
+            assert re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{4,5}", link) and place.endswith(link[22:])
+        assert f"{place}]({link})" in info(s.help, s.why) and place in s.told
+    assert s.why or info(s.help, s.why) == s.help == s.told
+
+
+def test_several_places_are_links_beside_each_other():
+    assert info("Help.", "LoRA paper, §4; DoRA, arXiv:2402.09353") == (
+        "Help. [Why: LoRA paper, §4](https://arxiv.org/pdf/2106.09685#section.4); "
+        "[DoRA, arXiv:2402.09353](https://arxiv.org/abs/2402.09353)"
+    )
+
+
+@pytest.mark.parametrize(
+    "why", ["§7.2", "LoRA paper, §72", "DoRA arXiv:2402.09353", "x](https://evil), arXiv:2402.09353", "A paper"]
+)
+def test_a_why_that_names_no_place_is_refused(why):
+    with pytest.raises(LoRAError, match=r"`why` \(=.*\) must be a place like 'LoRA paper, §7\.2'"):
+        info("Help.", why)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_more_requests_than_can_go_on_are_told_to_come_again(client, monkeypatch
         ({"messages": []}, openai.BadRequestError, "`messages` must hold at least one message"),
         ({"messages": [CAT]}, openai.BadRequestError, r"`messages\[0\]\.role` must be one of"),
         ({"messages": [NO_TEXT]}, openai.BadRequestError, r"`messages\[0\]\.content` must be text"),
-        ({"temperature": 9}, openai.BadRequestError, r"`temperature` \(=9\.0\) must be from 0 to 5"),
+        ({"temperature": 9}, openai.BadRequestError, r"`temperature` \(=9\.0\) must be at least 0 and at most 5"),
         ({"temperature": "hot"}, openai.BadRequestError, r"`temperature` \(=hot\) must be a number"),
         ({"max_tokens": 0}, openai.BadRequestError, r"`max_new_tokens` \(=0\) must be at least 1"),
         ({"max_tokens": 2.5}, openai.BadRequestError, r"`max_tokens` \(=2\.5\) must be a whole number"),

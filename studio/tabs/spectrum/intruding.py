@@ -9,6 +9,7 @@ import gradio as gr
 
 from core import Adapter, Intruders, LoRAError, Noted, damp, shrink
 from studio import theme
+from studio.forms import info
 from studio.measuring import Bench, Measured, Measuring
 from studio.opened import Opened
 from studio.pictures import Picture, recipe
@@ -16,6 +17,8 @@ from studio.state import Studio
 from studio.tabs.spectrum.frame import PRIVATE, Frame
 
 PANELS = ("held-out rows", "general text")
+_PAPER = "Intruder dimensions, arXiv:2410.21228"
+
 SCOPES = ("the matrix chosen above", "all matrices")
 
 
@@ -141,10 +144,23 @@ def build(frame: Frame, tab: Any) -> None:
     )
     with gr.Row():
         k = gr.Slider(
-            2, 64, value=10, step=1, label="k, strongest directions of W + ΔW", elem_id="intruder-k", min_width=260
+            2,
+            64,
+            value=10,
+            step=1,
+            label="k, strongest directions of W + ΔW",
+            info=info("10 in the paper. Among many more, noise looks like an intruder.", _PAPER),
+            elem_id="intruder-k",
+            min_width=260,
         )
         threshold = gr.Slider(
-            0.05, 0.95, value=0.5, step=0.05, label="Threshold of |cos|, below which one is an intruder", min_width=260
+            0.05,
+            0.95,
+            value=0.5,
+            step=0.05,
+            label="Threshold of |cos|, below which one is an intruder",
+            info=info("Usually 0.5. Higher finds more of them, near 1 all; lower may find none.", _PAPER),
+            min_width=260,
         )
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
@@ -153,7 +169,15 @@ def build(frame: Frame, tab: Any) -> None:
         with gr.Column(min_width=320):
             gr.Markdown("### What do they cost?")
             scope = gr.Radio(SCOPES, value=SCOPES[0], label="Damp the intruders of")
-            strength = gr.Slider(0, 1, value=0.5, step=0.05, label="λ, what is left of them", elem_id="strength")
+            strength = gr.Slider(
+                0,
+                1,
+                value=0.5,
+                step=0.05,
+                label="λ, what is left of them",
+                info="1: as trained, 0: taken out. Too little may cost the task, too.",
+                elem_id="strength",
+            )
             with gr.Row():
                 measure = gr.Button("Measure", variant="primary", elem_id="measure-damped")
                 cancel = gr.Button("Cancel", interactive=False, elem_id="cancel-damped")

@@ -149,8 +149,12 @@ def build(frame: Frame, tab: Any) -> None:
         with gr.Column(scale=5, min_width=320):
             gr.Markdown("### Keep fewer directions")
             by = gr.Radio([(words, key) for key, words in WHAT.items()], value="rank", label="Keep", elem_id="cut-by")
-            rank = gr.Slider(1, 8, value=1, step=1, label="Directions k", elem_id="cut-rank")
-            share = gr.Slider(10, 100, value=90, step=1, label="Share of ‖ΔW‖², %", visible=False, elem_id="cut-share")
+            told = "Of each matrix, from 1 to r. Fewer make a smaller adapter, and lose more of what it learnt."
+            rank = gr.Slider(1, 8, value=1, step=1, label="Directions k", info=told, elem_id="cut-rank")
+            told = "What the kept directions have of it; 90 to 99 is usual. Less loses more of what it learnt."
+            share = gr.Slider(
+                10, 100, value=90, step=1, label="Share of ‖ΔW‖², %", info=told, visible=False, elem_id="cut-share"
+            )
             pooled = gr.Checkbox(
                 label="All matrices compete",
                 info="The strongest of all together stay: k is then the mean, and matrices may lose all of theirs.",

@@ -146,7 +146,15 @@ def build(frame: Frame, tab: Any) -> None:
         "What a matrix reads is held against the embeddings of all tokens; what it writes passes the final norm and "
         "the unembedding. A rough lens: true words need not appear."
     )
-    number = gr.Slider(1, 8, value=3, step=1, label="Directions", elem_id="num-directions")
+    number = gr.Slider(
+        1,
+        8,
+        value=3,
+        step=1,
+        label="Directions",
+        info="How many are read, the strongest first.",
+        elem_id="num-directions",
+    )
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
             reads = frame.picture("reads")
