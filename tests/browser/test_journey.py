@@ -13,6 +13,7 @@ from PIL import Image
 from studio.runs import Runs
 from studio.workspace import Workspace
 from tests.browser.axe import barriers
+from tests.browser.korean import left_in_english
 
 STEPS = 20
 WAIT = 240_000  # milliseconds; training on a busy machine
@@ -335,6 +336,10 @@ LOOKS = [
 ]
 
 
+DATA = ("Journey", "starter:", "SmolLM2", "all-MiniLM", "Warm a litre", "yoghurt", "name[")
+"""Words of what the pages show that is nobody's interface: names of runs and models, rows."""
+
+
 @pytest.mark.parametrize(("scheme", "width", "height"), LOOKS)
 def test_no_tab_overflows_the_page_or_keeps_anybody_out(trained, browser, server, scheme, width, height):
     look = {"color_scheme": scheme, "reduced_motion": "reduce"}
@@ -348,6 +353,12 @@ def test_no_tab_overflows_the_page_or_keeps_anybody_out(trained, browser, server
         inner = page.evaluate("document.documentElement.scrollWidth")
         assert inner <= width, f"{name} is {inner} wide on a page of {width}"
         assert barriers(page) == [], name
+        if width == 1440:
+            page.locator(".to-ko").click()
+            page.wait_for_function("document.querySelector('#tabs [role=tab]').textContent.trim() === '시작하기'", timeout=WAIT)
+            assert left_in_english(page, data=DATA) == [], name
+            page.locator(".to-en").click()
+            page.wait_for_function("document.querySelector('#tabs [role=tab]').textContent.trim() === 'Start'", timeout=WAIT)
         if SHOTS:
             Path(SHOTS).mkdir(parents=True, exist_ok=True)
             file = f"{name.lower().replace(' ', '-')}-{scheme}-{width}.png"
