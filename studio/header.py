@@ -9,7 +9,6 @@ from studio import jobs, theme
 from studio.live import duration
 from studio.runs import Run
 from studio.specs import RunSpec
-from studio.tabs.train import seconds_left
 
 
 def line(going: Run | None, statuses: Iterable[str], loaded: str | None) -> str:
@@ -53,5 +52,5 @@ def _training(going: Run | None) -> str:
         return "Nothing is training"
     step, steps = (going.log.steps[-1].step if going.log.steps else 0), going.spec.train.steps
     words = f"Training “{going.spec.name}”, step {step} of {steps}"
-    words += f", {duration(seconds_left(going))} left" if going.log.steps else ", starting"
+    words += f", {duration(going.seconds_left())} left" if going.log.steps else ", starting"
     return theme.bar(step, steps, "Training progress") + escape(words)

@@ -78,7 +78,7 @@ def progress(run: Run) -> str:
         words = "It waits for the run that is going on." if status == "queued" else "Loading the model …"
         return theme.said(words)
     steps, step = run.spec.train.steps, log.steps[-1].step if log.steps else 0
-    left = f"step {step} of {steps}" + (f", {live.duration(train.seconds_left(run))} left" if status in _GOING else "")
+    left = f"step {step} of {steps}" + (f", {live.duration(run.seconds_left())} left" if status in _GOING else "")
     drawn = theme.bar(step, steps, "Training progress") + f'<div class="sub-line">{escape(left)}</div>'
     drawn += train.losses(log)
     if status in _GOING:

@@ -1,7 +1,6 @@
 """Train: settings and Start, what a run is doing, live, and what can be done with it."""
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
@@ -231,7 +230,7 @@ def status_view(run: Run, status: str) -> str:
     if spec.method.method != "lora":
         pairs.append(("Method", spec.method.title))
     if status == "running" and log.steps:
-        pairs.append(("Time left", duration(seconds_left(run))))
+        pairs.append(("Time left", duration(run.seconds_left())))
     if log.steps:
         pairs.append(("Training loss", f"{log.steps[-1].loss:.3f}"))
     if log.evaluations:
@@ -309,14 +308,6 @@ def _memory_words(failed: Failed) -> list[str]:
     return [
         f"By its shapes it was to take about {total / 1e9:.2f} GB, of which {size / 1e9:.2f} GB for {TERMS[largest]}."
     ]
-
-
-def seconds_left(run: Run) -> float:
-    """Returns the time that the steps still to come will take, as the last ones did."""
-    recent = run.log.steps[-20:]
-    mean = sum(s.step_seconds for s in recent) / len(recent)
-    since = max(0.0, time.time() - run.log.last_time)
-    return max(0.0, (run.spec.train.steps - recent[-1].step) * mean - min(since, mean))
 
 
 def build() -> TrainTab:
