@@ -27,6 +27,15 @@ def line(going: Run | None, statuses: Iterable[str], loaded: str | None) -> str:
     return "".join(f"<div>{piece}</div>" for piece in pieces)
 
 
+def share(going: Run) -> int:
+    """Returns how far a run is, in per cent."""
+    return round(100 * _step(going) / going.spec.train.steps)
+
+
+def _step(going: Run) -> int:
+    return going.log.steps[-1].step if going.log.steps else 0
+
+
 def _devices(going: Run | None) -> str:
     """Returns where training goes on, or would, with the memory that is free there."""
     names = sorted(jobs.devices_of(going.spec if going else RunSpec()))
@@ -50,7 +59,7 @@ def _model(going: Run | None, loaded: str | None) -> str:
 def _training(going: Run | None) -> str:
     if going is None:
         return "Nothing is training"
-    step, steps = (going.log.steps[-1].step if going.log.steps else 0), going.spec.train.steps
+    step, steps = _step(going), going.spec.train.steps
     words = f"Training “{going.spec.name}”, step {step} of {steps}"
     words += f", {duration(going.seconds_left())} left" if going.log.steps else ", starting"
     return theme.bar(step, steps, "Training progress") + escape(words)

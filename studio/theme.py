@@ -130,7 +130,7 @@ CSS = f"""
 .live svg rect {{ fill: transparent; }}
 .live .grid {{ stroke: var(--border-color-primary); vector-effect: non-scaling-stroke; opacity: .7; }}
 .live .plot span {{ position: absolute; font-size: .75rem; line-height: 1; color: var(--body-text-color-subdued); }}
-.live .y {{ right: 100%; margin-right: .4rem; transform: translateY(-50%); }}
+.live .y {{ right: 100%; margin-right: .4rem; white-space: nowrap; transform: translateY(-50%); }}
 .live .x {{ top: 100%; margin-top: .4rem; transform: translateX(-50%); }}
 .lengths {{ padding-right: 1.1rem; }}
 .lengths rect.kept {{ fill: var(--adapted) !important; }}
