@@ -97,7 +97,7 @@ def build(studio: Studio, run_id: Any, tabs: Any) -> None:
     known = starters()
     mine = gr.State("")
     gr.Markdown(
-        "### From nothing to your own adapter, in about three minutes\n"
+        "## From nothing to your own adapter, in about three minutes\n"
         "Everything is on this machine: nothing is downloaded, and nothing leaves it."
     )
     with gr.Walkthrough(selected=1, elem_id="guide") as guide:

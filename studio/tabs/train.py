@@ -252,7 +252,7 @@ def build() -> TrainTab:
     """Draws the tab; `app` wires it, as Start needs the other tabs' settings."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
-            gr.Markdown("### Settings")
+            gr.Markdown("## Settings")
             name = gr.Textbox(value="My first adapter", label="Name of the run", max_lines=1, elem_id="run-name")
             method = Form(MethodConfig)
             form = Form(
