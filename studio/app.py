@@ -15,7 +15,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from core import LoRAError, MethodConfig, TrainConfig
-from studio import doors, header, jobs, language, links, theme, watch
+from studio import doors, ends, header, jobs, language, links, theme, watch
 from studio.data import DataSpec
 from studio.generating import EvaluationSpec
 from studio.remedies import remedies
@@ -31,13 +31,13 @@ def build(studio: Studio) -> gr.Blocks:
     def look(asked: Any) -> dict[str, Any]:
         return news(studio, asked)
 
-    with gr.Blocks(title="LoRA Studio", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title=watch.TITLE, analytics_enabled=False, fill_width=True) as page:
         with gr.Row(equal_height=True):
             with gr.Column(scale=6, min_width=300):
                 head = gr.HTML(
                     _TITLE,
                     elem_id="head",
-                    js_on_load=watch.JS + links.JS + learn.JS,
+                    js_on_load=watch.JS + links.JS + ends.JS + learn.JS,
                     server_functions=[look],
                     run=None,
                 )
@@ -115,7 +115,7 @@ def _open(studio: Studio, page: gr.Blocks, head: Any, run_id: Any, tabs: Any, lo
     options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
     load = page.load(studio.guard(opened), None, outputs, **options)
     load.success(None, asked_tab, tabs, js=links.OPEN, **options)
-    head.went(None, None, tabs, js=links.GO, **options)
+    head.went(None, None, [tabs, run_id], js=links.GO, **options)
 
 
 def _wire(
@@ -223,7 +223,8 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
 
     Args:
         studio: What is served.
-        asked: A table with `run`, the id of the run that the page shows, and `train`, whether the tab is open.
+        asked: A table with `run`, the id of the run that the page shows; `train`, whether the tab is open; and, after
+            the first time, `going`, the ids that it was told of then.
     """
     listed = studio.runs.list()
     rows = studio.shown.each(listed, runs.labelled_row)
@@ -238,14 +239,23 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
     turn = [[row[0] for row in rows], [run.id for run in listed], run.stop_asked if run else ""]
     is_cpu_busy = going is not None and going.log.started is not None and going.log.started.device == "cpu"
     seconds = watch.LOOK_SECONDS_ON_CPU if is_cpu_busy else watch.LOOK_SECONDS
-    return {"parts": parts, "turn": json.dumps(turn), "every": 1000 * seconds}
+    known, now = asked.get("going", []), dict(zip(listed, statuses, strict=True))
+    over = [ends.told(run, status) for run, status in now.items() if status not in ends.GOING and run.id in known]
+    return {
+        "parts": parts,
+        "turn": json.dumps(turn),
+        "every": 1000 * seconds,
+        "going": [run.id for run, status in now.items() if status in ends.GOING],
+        "ended": [end for end in over if end],
+        "share": header.share(going) if going else None,
+    }
 
 
 _TITLE = (
     '<div class="studio-head"><h1>LoRA Studio</h1>'
     '<span class="sub">Fine-tune a language model, and see what the low-rank update learned</span>'
     f"<nav>{learn.LINKS}{language.SWITCH}</nav></div>"
-    '<div class="sub-line" id="head-line">Starting …</div>'
+    f'<div class="sub-line" id="head-line">Starting …</div>{ends.PLACE}'
 )
 
 
@@ -288,7 +298,7 @@ def launch(
         inbrowser=False,
         prevent_thread_lock=True,
         theme=theme.theme(),
-        css=theme.CSS + learn.CSS + guide.CSS + language.CSS,
+        css=theme.CSS + learn.CSS + guide.CSS + ends.CSS + language.CSS,
         i18n=language.i18n(),
         footer_links=[],
         app_kwargs={

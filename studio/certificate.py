@@ -267,9 +267,9 @@ CSS = """
 .certificate { border: 1px solid var(--border-color-primary); border-left: 6px solid #2e7d4f; border-radius: 8px;
   padding: .75rem 1rem; margin-top: .75rem; }
 .certificate.red { border-left-color: #c62828; }
-.certificate h4 { margin: 0 0 .25rem; font-size: 1rem; }
-.certificate h4 b { color: #2e7d4f; } .certificate.red h4 b { color: #c62828; }
-.dark .certificate h4 b { color: #6cc393; } .dark .certificate.red h4 b { color: #ff8a80; }
+.certificate h3 { margin: 0 0 .25rem; font-size: 1rem; }
+.certificate h3 b { color: #2e7d4f; } .certificate.red h3 b { color: #c62828; }
+.dark .certificate h3 b { color: #6cc393; } .dark .certificate.red h3 b { color: #ff8a80; }
 .certificate p { margin: .2rem 0; font-size: .9rem; }
 .certificate .small { color: var(--body-text-color-subdued); font-size: .85rem; }
 .certificate table { margin-top: .5rem; font-size: .85rem; }
@@ -298,8 +298,8 @@ def card(report: Report) -> str:
     restored = "Unmerged again, W₀ is back bit for bit." if any(c.is_restored for c in report.merges) else ""
     small = " ".join(filter(None, (f"{tried}.", effect, restored, report.note)))
     return (
-        f'<div class="certificate{" red" if problems else ""}" role="status"><h4><b>{verdict}</b> · '
-        f"{escape(report.what)}</h4>{rows}"
+        f'<div class="certificate{" red" if problems else ""}" role="status"><h3><b>{verdict}</b> · '
+        f"{escape(report.what)}</h3>{rows}"
         f'<div class="scroll-x"><table class="plain"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody>'
         f'</table></div><p class="small">{escape(small)}</p></div>'
     )

@@ -48,7 +48,7 @@ CSS = """
 .mind li { display: flex; justify-content: space-between; gap: .5rem; }
 .mind li code { white-space: pre; overflow: hidden; text-overflow: ellipsis; background: none; padding: 0; }
 .mind li.is { font-weight: 700; }
-.mind h4 { font-size: .8rem; margin: 0; font-weight: 600; }
+.mind h2 { font-size: .8rem; margin: 0; font-weight: 600; }
 .mind .a { color: var(--adapted-text); } .mind .b { color: var(--base-text); }
 .dark .mind .a { color: #f0964f; } .dark .mind .b { color: #7fb0ee; }
 """
@@ -63,7 +63,7 @@ const make = (tag, words, name) => {
 const percent = (p) => (100 * p).toFixed(p < 0.1 ? 2 : 1) + ' %';
 const list = (title, name, rows, token) => {
     const box = make('div');
-    box.append(make('h4', title, name));
+    box.append(make('h2', title, name));
     const lines = make('ol');
     for (const [text, p] of rows) {
         const line = make('li', undefined, text === token ? 'is' : '');

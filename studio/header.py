@@ -9,7 +9,6 @@ from studio import jobs, theme
 from studio.live import duration
 from studio.runs import Run
 from studio.specs import RunSpec
-from studio.tabs.train import seconds_left
 
 
 def line(going: Run | None, statuses: Iterable[str], loaded: str | None) -> str:
@@ -26,6 +25,15 @@ def line(going: Run | None, statuses: Iterable[str], loaded: str | None) -> str:
     pieces += [f"{others} more training"] if others > 0 else []
     pieces += [f"{waiting} waiting"] if waiting else []
     return "".join(f"<div>{piece}</div>" for piece in pieces)
+
+
+def share(going: Run) -> int:
+    """Returns how far a run is, in per cent."""
+    return round(100 * _step(going) / going.spec.train.steps)
+
+
+def _step(going: Run) -> int:
+    return going.log.steps[-1].step if going.log.steps else 0
 
 
 def _devices(going: Run | None) -> str:
@@ -51,7 +59,7 @@ def _model(going: Run | None, loaded: str | None) -> str:
 def _training(going: Run | None) -> str:
     if going is None:
         return "Nothing is training"
-    step, steps = (going.log.steps[-1].step if going.log.steps else 0), going.spec.train.steps
+    step, steps = _step(going), going.spec.train.steps
     words = f"Training “{going.spec.name}”, step {step} of {steps}"
-    words += f", {duration(seconds_left(going))} left" if going.log.steps else ", starting"
+    words += f", {duration(going.seconds_left())} left" if going.log.steps else ", starting"
     return theme.bar(step, steps, "Training progress") + escape(words)

@@ -35,16 +35,25 @@ class View:
         )
 
 
-def ways(**tabs: str) -> str:
-    """Returns HTML of buttons that open tabs: a tab's id → the button's words; the obvious one comes first."""
-    buttons = (f'<button type="button" data-tab="{tab}">{escape(words)}</button>' for tab, words in tabs.items())
+def ways(run: str = "", /, **tabs: str) -> str:
+    """Returns HTML of buttons that open tabs: a tab's id → the button's words; the obvious one comes first.
+
+    With the id of a run, they choose that run in the page's header, too.
+    """
+    of = f' data-run="{escape(run)}"' if run else ""
+    buttons = (f'<button type="button" data-tab="{tab}"{of}>{escape(words)}</button>' for tab, words in tabs.items())
     return f'<div class="ways">{"".join(buttons)}</div>'
 
 
 JS = """
+const go = (way) => {
+    window.way = way;
+    if (document.body.classList.contains('learning')) location.hash = '';
+    trigger('went');
+};
 document.addEventListener('click', async (event) => {
     const way = event.target.closest('[data-tab]'), button = event.target.closest('[data-copy]');
-    if (way) { window.way = way.dataset.tab; trigger('went'); }
+    if (way) go({...way.dataset});
     window.wentOn ||= event.target.closest('#tabs > .tab-wrapper button') !== null;
     if (!button) return;
     const link = button.parentElement.querySelector('a'), said = button.parentElement.querySelector('[role=status]');
@@ -60,8 +69,11 @@ document.addEventListener('click', async (event) => {
 """Runs once, in the page's head: the buttons of `View.link`, and of `ways`, which raise the event `went`."""
 
 
-GO = "() => ({__type__: 'update', selected: window.way})"
-"""What the event `went` sets the page's tabs to; it runs in the page, which need not ask for that."""
+GO = """() => {
+    const {tab, run} = window.way;
+    return [{__type__: 'update', selected: tab}, {__type__: 'update', ...(run ? {value: run} : {})}];
+}"""
+"""What the event `went` sets the page's tabs and the run in its header to; it runs in the page, without a request."""
 
 OPEN = "(asked) => ({__type__: 'update', ...(asked && !window.wentOn ? {selected: asked} : {})})"
 """What the page's tabs are set to when it opens, unless somebody opened one before the server answered."""

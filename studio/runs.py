@@ -224,6 +224,13 @@ class Run:
         writer.write(end)
         writer.close()
 
+    def seconds_left(self) -> float:
+        """Returns the time that the steps still to come will take, as the last ones did; there must be some."""
+        recent = self.log.steps[-20:]
+        mean = sum(step.step_seconds for step in recent) / len(recent)
+        since = max(0.0, time.time() - self.log.last_time)
+        return max(0.0, (self.spec.train.steps - recent[-1].step) * mean - min(since, mean))
+
     def note_killed(self) -> None:
         """Writes into the log of a worker that is gone without a word that it was killed; else does nothing."""
         with suppress(LoRAError, OSError):  # it is damaged, which others say; it goes on again, or the disk is full

@@ -84,6 +84,8 @@ CSS = f"""
 [id^=setting-] {{ min-width: min(220px, 100%) !important; }}
 .head > label:has(.info-text) {{ flex: 1 1 9rem !important; }}
 .gradio-container > main {{ max-width: 1360px; margin: 0 auto !important; }}
+:where(#tabs) .prose h2 {{ font-size: var(--text-lg); }} :where(#tabs) .prose h3 {{ font-size: 1.1em; }}
+:where(#tabs) .prose h4 {{ font-size: 1.05em; }}
 .secondary-wrap input {{ padding-right: 1.6rem !important; text-overflow: ellipsis; }}
 .studio-head {{ display: flex; flex-wrap: wrap; align-items: baseline; gap: .35rem 1rem; }}
 .studio-head h1 {{ font-size: 1.35rem; font-weight: 700; margin: 0; letter-spacing: -.01em; }}
@@ -135,7 +137,7 @@ CSS = f"""
 .live svg rect {{ fill: transparent; }}
 .live .grid {{ stroke: var(--border-color-primary); vector-effect: non-scaling-stroke; opacity: .7; }}
 .live .plot span {{ position: absolute; font-size: .75rem; line-height: 1; color: var(--body-text-color-subdued); }}
-.live .y {{ right: 100%; margin-right: .4rem; transform: translateY(-50%); }}
+.live .y {{ right: 100%; margin-right: .4rem; white-space: nowrap; transform: translateY(-50%); }}
 .live .x {{ top: 100%; margin-top: .4rem; transform: translateX(-50%); }}
 .lengths {{ padding-right: 1.1rem; }}
 .lengths rect.kept {{ fill: var(--adapted) !important; }}
@@ -174,7 +176,7 @@ CSS = f"""
 .picture summary {{ cursor: pointer; font-size: .85rem; color: var(--body-text-color-subdued); }}
 .picture pre {{ margin: .4rem 0 0; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }}
 #read-again {{ align-self: flex-start; width: auto; min-width: 0; }}
-.words h4 {{ margin: 0; }} .words h5 {{ margin: .9rem 0 .3rem; font-size: .85rem; font-weight: 600; }}
+.words h3 {{ margin: 0; }} .words h4 {{ margin: .9rem 0 .3rem; font-size: .85rem; font-weight: 600; }}
 .words .both {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .25rem 1.5rem; }}
 .tokens {{ list-style: none; margin: 0; padding: 0; }}
 .tokens li {{ display: grid; grid-template-columns: minmax(0, 1fr) 6rem 3rem; gap: .5rem; align-items: center;
@@ -204,7 +206,7 @@ table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600;
 .steps li {{ color: var(--body-text-color-subdued); margin: .1rem 0; }}
 .steps li[aria-current] {{ color: var(--body-text-color); }}
 #experiment-about p {{ margin: 0 0 .5rem; }} #experiment-about .sub-line {{ white-space: nowrap; }}
-#experiment-result > div > div > * {{ margin-bottom: 1rem; }} #experiment-result h4 {{ margin-bottom: .3rem; }}
+#experiment-result > div > div > * {{ margin-bottom: 1rem; }} #experiment-result h3 {{ margin-bottom: .3rem; }}
 #experiment-result td:not(:first-child) {{ white-space: nowrap; }}
 .download a {{ font-weight: 600; color: var(--adapted-text); overflow-wrap: anywhere; }}
 #fit-row {{ align-items: flex-end; gap: .5rem; }}

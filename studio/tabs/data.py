@@ -82,7 +82,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
     source = gr.State("")
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            gr.Markdown("### Data set\nRows that show the model what to answer.")
+            gr.Markdown("## Data set\nRows that show the model what to answer.")
             kind = gr.Radio(list(WHERE), value=WHERE[0], label="Where from", elem_id="data-kind")
             starter = gr.Radio(
                 [(f"{s.title}: {s.change}", s.source) for s in starters],
@@ -104,7 +104,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
                 )
                 hub_read = gr.Button("Read this data set", variant="primary")
             summary = gr.HTML(elem_id="data-summary")
-            gr.Markdown("### What the columns mean")
+            gr.Markdown("## What the columns mean")
             asked = task.draw()
             layout = gr.Radio(
                 [("Prompt and completion", "pair"), ("Conversation", "messages"), ("Plain text", "text")],
@@ -136,7 +136,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
                 ],
             )
         with gr.Column(scale=6, min_width=320):
-            gr.Markdown("### As the model sees it\nOrange tokens are trained; the others are only read.")
+            gr.Markdown("## As the model sees it\nOrange tokens are trained; the others are only read.")
             row_number = gr.Slider(1, 2, value=1, step=1, label="Row")
             tokens = gr.HighlightedText(
                 label="One row, token by token",
@@ -150,7 +150,7 @@ def build(studio: Studio, page: gr.Blocks, model: gr.State) -> DataTab:
             part = inspect.draw()
             max_length = part.max_length
             editor = mend.draw()
-            gr.Markdown("### First rows as they are in the file")
+            gr.Markdown("## First rows as they are in the file")
             table_view = gr.Dataframe(
                 interactive=False, wrap=True, max_height=420, label="Rows", show_label=False, elem_id="preview"
             )

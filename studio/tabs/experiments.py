@@ -102,7 +102,7 @@ def table(shown: Table) -> str:
 
     body = "".join(row(cells, "td") for cells in shown.rows)
     return (
-        f'<h4>{escape(shown.title)}</h4><div class="scroll-x"><table class="plain">'
+        f'<h3>{escape(shown.title)}</h3><div class="scroll-x"><table class="plain">'
         f"<thead>{row(shown.head, 'th')}</thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -74,7 +74,7 @@ class Part:
 
 def draw() -> Part:
     """Draws the part where it is called; `wire` makes it answer."""
-    gr.Markdown("### What it will take")
+    gr.Markdown("## What it will take")
     view = gr.HTML(theme.said(WAITING), padding=False, elem_id="forecast")
     with gr.Row(elem_id="fit-row", equal_height=False):
         free = gr.Textbox(

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from core import LoRAConfig, LoRAError, TrainConfig
-from studio import chat_page, data, figures, links, live, theme
+from studio import chat_page, data, ends, figures, links, live, theme
 from studio.conversation import Conversation
 from studio.model_files import STARTER
 from studio.opened import Source
@@ -26,7 +26,6 @@ STEPS, BATCH_SIZE, MAX_EVAL_ROWS = 40, 4, 12
 """About a minute on two cores: enough to change how the starter answers."""
 
 SHOW_SECONDS = 0.5
-_GOING = ("running", "queued")
 
 CSS = """
 #guide { max-width: 62rem; }
@@ -74,14 +73,14 @@ def progress(run: Run) -> str:
     log = run.log
     log.read()
     status = run.status
-    if status in _GOING and not log.steps:
+    if status in ends.GOING and not log.steps:
         words = "It waits for the run that is going on." if status == "queued" else "Loading the model …"
         return theme.said(words)
     steps, step = run.spec.train.steps, log.steps[-1].step if log.steps else 0
-    left = f"step {step} of {steps}" + (f", {live.duration(train.seconds_left(run))} left" if status in _GOING else "")
+    left = f"step {step} of {steps}" + (f", {live.duration(run.seconds_left())} left" if status in ends.GOING else "")
     drawn = theme.bar(step, steps, "Training progress") + f'<div class="sub-line">{escape(left)}</div>'
     drawn += train.losses(log)
-    if status in _GOING:
+    if status in ends.GOING:
         return drawn
     if not run.has_adapter or len(log.evaluations) < 2:
         return drawn + train.status_view(run, status)
@@ -98,7 +97,7 @@ def build(studio: Studio, run_id: Any, tabs: Any) -> None:
     known = starters()
     mine = gr.State("")
     gr.Markdown(
-        "### From nothing to your own adapter, in about three minutes\n"
+        "## From nothing to your own adapter, in about three minutes\n"
         "Everything is on this machine: nothing is downloaded, and nothing leaves it."
     )
     with gr.Walkthrough(selected=1, elem_id="guide") as guide:
@@ -123,6 +122,7 @@ def build(studio: Studio, run_id: Any, tabs: Any) -> None:
                 start = gr.Button("Train: about a minute", variant="primary", elem_id="guide-train")
                 stop = gr.Button("Stop and keep what it learned", visible=False, elem_id="guide-stop")
                 to_talk = gr.Button("Next: talk to it", variant="primary", visible=False, elem_id="guide-to-talk")
+            gr.HTML(ends.BOX)
             told = gr.HTML(elem_id="guide-progress")
         with gr.Step("Talk", id=3):
             message = gr.Textbox(label="Ask both", lines=2, max_lines=6, elem_id="guide-message")
@@ -144,7 +144,7 @@ def build(studio: Studio, run_id: Any, tabs: Any) -> None:
         run = studio.start(spec_of(source, studio))
         yield [run.id, runs.picker(studio, run), gr.Button(interactive=False), gr.Button(visible=True), gr.skip(), ""]
         same: list[Any] = [gr.skip()] * 5
-        while (status := run.status) in _GOING:
+        while (status := run.status) in ends.GOING:
             yield [*same, progress(run)]
             time.sleep(SHOW_SECONDS)
         run.note_killed()

@@ -135,7 +135,7 @@ def build(
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             gr.Markdown(
-                "### Take it home\nThe run in the header, for other tools; opened again before it counts as done."
+                "## Take it home\nThe run in the header, for other tools; opened again before it counts as done."
             )
             kinds = [(words, key) for key, words in KINDS.items()]
             kind = gr.Radio(kinds, value="adapter", label="As", elem_id="export-kind", elem_classes="stacked")
@@ -162,7 +162,7 @@ def build(
         with gr.Column(scale=6, min_width=320):
             shown = gr.HTML(elem_id="exports")
     timer = gr.Timer(LOOK_SECONDS, active=False)
-    gr.Markdown("### Bring one in\nIt is checked before it is listed. Drop two capsules to compare them.")
+    gr.Markdown("## Bring one in\nIt is checked before it is listed. Drop two capsules to compare them.")
     with gr.Row():
         with gr.Column(scale=5, min_width=320):
             dropped = gr.File(

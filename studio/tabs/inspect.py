@@ -104,7 +104,7 @@ def verify(look: Look | None, model: str, rows: data.DataSpec, max_length: int) 
 
 def draw() -> Inspection:
     """Draws the part where it is called; `wire` makes it answer."""
-    gr.Markdown("### All rows, before a step is taken")
+    gr.Markdown("## All rows, before a step is taken")
     progress = gr.HTML(elem_id="survey-progress")
     with gr.Row():
         check = gr.Button("Check all rows", size="sm", elem_id="check-rows")

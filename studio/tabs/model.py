@@ -144,17 +144,17 @@ def build(studio: Studio, page: gr.Blocks) -> ModelTab:
     model = gr.State("starter")
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            gr.Markdown("### Base model\nIts weights W₀ stay frozen; the adapter learns beside them.")
+            gr.Markdown("## Base model\nIts weights W₀ stay frozen; the adapter learns beside them.")
             kind = gr.Radio(list(KINDS), value=next(iter(KINDS)), label="Where from", elem_id="model-kind")
             with gr.Group(visible=False) as elsewhere:
                 place = gr.Textbox(label="Hub id", elem_id="model-place", max_lines=1)
                 look = gr.Button("Look at this model", variant="primary")
             facts = gr.HTML(theme.said("Reading the model's description …"), elem_id="model-facts")
-            gr.Markdown("### The update\nΔW = (alpha / r) · B·A, added to each matrix that you pick.")
+            gr.Markdown("## The update\nΔW = (alpha / r) · B·A, added to each matrix that you pick.")
             form = Form(LoRAConfig, [s.name for s in settings(LoRAConfig) if s.name != "target_modules"])
         with gr.Column(scale=6, min_width=320):
             gr.Markdown(
-                "### Which matrices\nOrange is adapted, blue stays as it is. Click a matrix, a layer or a column; "
+                "## Which matrices\nOrange is adapted, blue stays as it is. Click a matrix, a layer or a column; "
                 "or go there with the arrow keys and press space."
             )
             preset = gr.Radio(["All linear"], value="All linear", label="Choices to start from", elem_id="preset")

@@ -201,7 +201,7 @@ def _packed(run_id: str, folder: Path) -> Path:
 
 def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
     """Draws the tab; opening a run sets `run_id` and goes to another of `tabs`."""
-    gr.Markdown("### All runs\nA click on a row chooses that run, here and in the header.")
+    gr.Markdown("## All runs\nA click on a row chooses that run, here and in the header.")
     table = gr.Dataframe(
         headers=HEADER, interactive=False, show_label=False, elem_id="runs-table", max_height=460, wrap=False
     )

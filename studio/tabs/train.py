@@ -1,7 +1,6 @@
 """Train: settings and Start, what a run is doing, live, and what can be done with it."""
 
 import math
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
@@ -10,8 +9,8 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from core import Failed, Finished, LoRAError, MethodConfig, TrainConfig, gpus, settings
-from studio import jobs, label_metrics, links, live, theme
+from core import LoRAError, MethodConfig, TrainConfig, gpus, settings
+from studio import ends, jobs, label_metrics, links, live, theme
 from studio.checkpoints import best
 from studio.event_log import EventLog
 from studio.forms import Form
@@ -26,17 +25,6 @@ ACTIONS = ("resume", "pause", "stop", "kill", "earlier", "later", "further")
 """What can be done with a run, in the order of the buttons."""
 
 MOST_REMEDIES = 5
-
-TERMS = {
-    "weights": "the frozen weights",
-    "adapter": "the adapter",
-    "gradients": "its gradients",
-    "moments": "AdamW's moments",
-    "activations": "activations and logits",
-    "holes": "holes between tensors",
-    "choosing": "the copy on which the fastest way is chosen",
-}
-"""The parts of a forecast, in words."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +219,7 @@ def status_view(run: Run, status: str) -> str:
     if spec.method.method != "lora":
         pairs.append(("Method", spec.method.title))
     if status == "running" and log.steps:
-        pairs.append(("Time left", duration(seconds_left(run))))
+        pairs.append(("Time left", duration(run.seconds_left())))
     if log.steps:
         pairs.append(("Training loss", f"{log.steps[-1].loss:.3f}"))
     if log.evaluations:
@@ -251,18 +239,8 @@ def status_view(run: Run, status: str) -> str:
         pairs.append(("Runs on", f"{log.started.device}, weights {log.started.precision}"))
         pairs.append(("Memory shown", log.started.memory_source))
     parts.append(theme.facts(pairs))
-    sentences, kind = _state_words(run, status)
-    return "".join(parts) + (theme.said(sentences, kind) if sentences else "") + _next(run, status)
-
-
-def _next(run: Run, status: str) -> str:
-    """Returns HTML of buttons for what can be done with what a run has trained, once it is over."""
-    if status not in ("finished", "stopped") or not run.has_adapter:
-        return ""
-    chat = "Try it on texts" if run.spec.data.is_labelled else "Chat with it"
-    if not run.has_lora:
-        return links.ways(chat=chat)
-    return links.ways(spectrum="Look at the spectrum", chat=chat, home="Take it home")
+    sentences, kind = ends.words(run, status)
+    return "".join(parts) + (theme.said(sentences, kind) if sentences else "") + ends.ways(run, status)
 
 
 def _from_to(scores: list[tuple[float, float]]) -> str:
@@ -270,60 +248,11 @@ def _from_to(scores: list[tuple[float, float]]) -> str:
     return " → ".join(values if len(scores) > 1 else values[:1])
 
 
-def _state_words(run: Run, status: str) -> tuple[list[str], str]:
-    """Returns what there is to say of a run's state, and how it is said."""
-    log, end = run.log, run.log.end
-    step = log.steps[-1].step if log.steps else 0
-    reason = end.reason if isinstance(end, Finished) else ""
-    if status == "running":
-        last = log.notes[-1].message if log.notes else "Starting the worker"
-        return ([] if log.steps else [f"{last} …"]), ""
-    if status == "queued":
-        return ["It waits in the queue, and starts as soon as its device is free, page or no page."], ""
-    if isinstance(end, Failed) and status != "interrupted":
-        return [end.message, *_memory_words(end)], "error"
-    if status == "interrupted" or reason == "killed":
-        how = "The worker ended without a word (killed, or the machine went down)."
-        how = end.message.removesuffix(" The run can be resumed.") if isinstance(end, Failed) else how
-        how = "It was killed: all of its processes are gone, and their memory is free." if reason else how
-        steps = run.checkpoints.steps()
-        where = f"Resume goes on from step {steps[-1]}." if steps else "Resume starts it from the beginning."
-        return [f"{how} {where}"], "warn"
-    if status == "paused":
-        return [f"Everything is saved and its memory is free. Resume goes on after step {step}."], ""
-    if reason == "early":
-        lowest = best([(e.step, e.to_minimize) for e in log.evaluations])
-        metric = log.evaluations[-1].metric if log.evaluations else ""
-        why = f"{label_metrics.TITLES.get(metric, metric)} no longer rose" if metric else "the held-out loss rose"
-        return [f"Ended early: {why}. The adapter saved is that of step {lowest}."], ""
-    if run.has_adapter and not run.has_lora:
-        return [f"What {run.spec.method.title} trained is saved. Chat with it; it has no ΔW, and so no spectrum."], ""
-    return (["The adapter is saved."] if run.has_adapter else []), "good"
-
-
-def _memory_words(failed: Failed) -> list[str]:
-    terms = [(name, size) for name, size in failed.predicted_bytes.items() if name in TERMS]
-    if not terms:
-        return []
-    total, (largest, size) = sum(size for _, size in terms), max(terms, key=lambda term: term[1])
-    return [
-        f"By its shapes it was to take about {total / 1e9:.2f} GB, of which {size / 1e9:.2f} GB for {TERMS[largest]}."
-    ]
-
-
-def seconds_left(run: Run) -> float:
-    """Returns the time that the steps still to come will take, as the last ones did."""
-    recent = run.log.steps[-20:]
-    mean = sum(s.step_seconds for s in recent) / len(recent)
-    since = max(0.0, time.time() - run.log.last_time)
-    return max(0.0, (run.spec.train.steps - recent[-1].step) * mean - min(since, mean))
-
-
 def build() -> TrainTab:
     """Draws the tab; `app` wires it, as Start needs the other tabs' settings."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
-            gr.Markdown("### Settings")
+            gr.Markdown("## Settings")
             name = gr.Textbox(value="My first adapter", label="Name of the run", max_lines=1, elem_id="run-name")
             method = Form(MethodConfig)
             form = Form(
@@ -348,6 +277,7 @@ def build() -> TrainTab:
             )
             part = forecast.draw()
             start = gr.Button("Start training", variant="primary", elem_id="start")
+            gr.HTML(ends.BOX)
         with gr.Column(scale=7, min_width=320):
             gr.HTML('<div id="status"></div>')
             with gr.Row(elem_id="remedies"):

@@ -12,14 +12,18 @@ _FIND = """async (known) => {
     const {violations} = await axe.run({resultTypes: ['violations']});
     const isKnown = (rule, target) =>
         known.some(([of, selector]) => of === rule && document.querySelector(target)?.matches(selector));
-    return violations.filter(({impact}) => ['serious', 'critical'].includes(impact)).flatMap(({id, nodes}) =>
+    const matters = ({id, impact}) => ['serious', 'critical'].includes(impact) || id === 'heading-order';
+    return violations.filter(matters).flatMap(({id, nodes}) =>
         nodes.filter(({target}) => !isKnown(id, target[0]))
             .map(({target, failureSummary}) => `${id}: ${target[0]}: ${failureSummary.split('\\n')[1]}`));
 }"""
 
 
 def barriers(page, tries: int = 20) -> list[str]:
-    """The serious and critical violations that stay: what is just being drawn is pale, and is asked for again."""
+    """The serious and critical violations that stay, and headings that leave a level out.
+
+    What is just being drawn is pale, and is asked for again.
+    """
     if not page.evaluate("'axe' in window"):
         page.evaluate(f"{AXE_SCRIPT}\n;0")
     for _ in range(tries):

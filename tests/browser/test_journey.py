@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from core import Failed
 from studio.runs import Runs
 from studio.workspace import Workspace
 from tests.browser.axe import barriers
+from tests.browser.by_hand import ByHand
 from tests.browser.korean import left_in_english
 
 STEPS = 20
@@ -116,6 +118,8 @@ def test_the_run_is_shown_live_and_survives_a_reload_a_pause_and_a_killed_server
     open_tab(page, "Train")
     page.wait_for_function("document.querySelector('#status').innerText.includes('finished')", timeout=WAIT)
     assert step_shown(page) == STEPS
+    for toast in page.get_by_role("button", name="Close").all():  # the page may have seen the end
+        toast.click()
     first, last = map(float, re.search(r"([\d.]+) → ([\d.]+)", status_text(page)).groups())
     (run,) = Runs(Workspace(server.workspace)).list()
     run.log.refresh()
@@ -367,6 +371,17 @@ def test_no_tab_overflows_the_page_or_keeps_anybody_out(trained, browser, server
     page.locator("#lesson img").last.wait_for(timeout=WAIT)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     context.close()
+
+
+def test_the_page_tells_of_a_run_that_ends(trained, server):
+    page, run = trained, ByHand(Workspace(server.workspace), "Inns <b>bold</b>")
+    page.wait_for_function("document.querySelector('#head-line').innerText.includes('step 10 of 40')", timeout=WAIT)
+    assert page.locator(".end").count() == 0, "the runs that ended before it was opened are none of them"
+    run.end(Failed("The loss is <nan>."))
+    page.locator("#failures .end", has_text="“Inns <b>bold</b>” failed").wait_for(timeout=WAIT)
+    page.get_by_role("button", name="Close").click()
+    page.locator(".end").wait_for(state="detached")
+    Runs(Workspace(server.workspace)).delete(run.run)
 
 
 def test_nothing_was_asked_from_elsewhere_and_no_script_failed(trained):

@@ -280,6 +280,21 @@ def test_without_a_worker_the_state_is_what_the_log_ends_with(events, status, wr
     assert write_run(events).status == status
 
 
+def test_the_time_left_is_what_the_last_steps_took_less_what_has_passed(write_run, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("studio.runs.time.time", lambda: now[0])
+    slow = [dataclasses.replace(step(i), step_seconds=100.0) for i in range(1, 11)]
+    run = write_run([*slow, *(step(i) for i in range(11, 31))], RunSpec(train=TrainConfig(steps=60)))
+    run.log.refresh()
+    assert run.seconds_left() == pytest.approx(30 * 0.5)
+    now[0] += 0.2
+    assert run.seconds_left() == pytest.approx(30 * 0.5 - 0.2)
+    now[0] += 100  # a step that hangs does not eat up the others' time
+    assert run.seconds_left() == pytest.approx(29 * 0.5)
+    now[0] -= 500  # the clock was put back
+    assert run.seconds_left() == pytest.approx(30 * 0.5)
+
+
 @pytest.mark.parametrize("events", [[], [STARTED, step(1)], [STARTED, DONE]])
 def test_a_run_whose_lock_is_held_is_running_whatever_its_log_says(events, write_run, hold):
     run = write_run(events)

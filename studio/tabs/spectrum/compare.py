@@ -276,11 +276,11 @@ def build(frame: Frame, tab: Any) -> Any:
     told = gr.HTML(elem_id="compare-facts")
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
-            gr.Markdown("### Do they share directions?\nThe paper's figures 3 and 4, for the matrix chosen above.")
+            gr.Markdown("## Do they share directions?\nThe paper's figures 3 and 4, for the matrix chosen above.")
             phi = frame.picture("phi")
             seeds = gr.HTML()
         with gr.Column(min_width=320):
-            gr.Markdown("### Where are they near, and where would they clash?")
+            gr.Markdown("## Where are they near, and where would they clash?")
             quantity = gr.Radio(list(QUANTITIES), value="Overlap, reads", label="Show by layer and matrix")
             heat = frame.picture("compare-heat")
 

@@ -138,7 +138,7 @@ def build(frame: Frame, tab: Any) -> None:
     """Draws the section in its `tab`."""
     studio = frame.studio
     gr.Markdown(
-        "### Strong directions that W did not have\n"
+        "## Strong directions that W did not have\n"
         "A direction of W + ΔW that is near none of W's own is an *intruder*; the paper that found them links them to "
         "forgetting, another finds no more than the size of ΔW behind it. So look at the control, too."
     )
@@ -167,7 +167,7 @@ def build(frame: Frame, tab: Any) -> None:
             about = gr.HTML(elem_id="intruder-facts")
             cosines = frame.picture("intruders")
         with gr.Column(min_width=320):
-            gr.Markdown("### What do they cost?")
+            gr.Markdown("## What do they cost?")
             scope = gr.Radio(SCOPES, value=SCOPES[0], label="Damp the intruders of")
             strength = gr.Slider(
                 0,

@@ -250,15 +250,15 @@ def build(frame: Frame, tab: Any) -> None:
             scale = gr.Radio(["linear", "log"], value="linear", label="σ axis", min_width=170)
             bars = frame.picture("sigma")
         with gr.Column(scale=5, min_width=320):
-            gr.Markdown("### Does ΔW amplify what W already has?\nThe paper's §7.3, for this matrix.")
+            gr.Markdown("## Does ΔW amplify what W already has?\nThe paper's §7.3, for this matrix.")
             about = gr.HTML()
             table = frame.picture("table-7")
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
-            gr.Markdown("### Does ΔW follow W's strongest directions?")
+            gr.Markdown("## Does ΔW follow W's strongest directions?")
             aligned = frame.picture("alignment")
         with gr.Column(min_width=320):
-            gr.Markdown("### How much of W is more than noise?")
+            gr.Markdown("## How much of W is more than noise?")
             weight = frame.picture("weight-spectrum")
 
     def show_bars(opened: Opened, path: str, axis: str) -> tuple[str, str]:

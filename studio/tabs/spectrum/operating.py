@@ -147,7 +147,7 @@ def build(frame: Frame, tab: Any) -> None:
     going = gr.State(None)
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            gr.Markdown("### Keep fewer directions")
+            gr.Markdown("## Keep fewer directions")
             by = gr.Radio([(words, key) for key, words in WHAT.items()], value="rank", label="Keep", elem_id="cut-by")
             told = "Of each matrix, from 1 to r. Fewer make a smaller adapter, and lose more of what it learnt."
             rank = gr.Slider(1, 8, value=1, step=1, label="Directions k", info=told, elem_id="cut-rank")
@@ -176,14 +176,14 @@ def build(frame: Frame, tab: Any) -> None:
                 save = gr.Button("Save as a new adapter", size="sm", elem_id="cut-save", scale=2, min_width=150)
             saved = gr.HTML(elem_id="cut-saved")
         with gr.Column(scale=6, min_width=320):
-            gr.Markdown("### What that costs, measured")
+            gr.Markdown("## What that costs, measured")
             kinds = gr.CheckboxGroup(list(CURVES), value=[STRONGEST, CHANCE], label="Directions kept", elem_id="curves")
             with gr.Row():
                 many = gr.Button("Measure the curves", variant="primary", size="sm", elem_id="measure-many")
                 cancel = gr.Button("Cancel", size="sm", elem_id="measure-cancel", interactive=False)
             progress = gr.HTML(elem_id="measure-progress")
             plot = frame.picture("rank-losses")
-    gr.Markdown("### Ask it\nThe same question to the whole adapter and to what is left of it.")
+    gr.Markdown("## Ask it\nThe same question to the whole adapter and to what is left of it.")
     message = gr.Textbox(label="Message", lines=2, elem_id="cut-message")
     button = gr.Button("Ask both", size="sm", elem_id="cut-ask")
     with gr.Row(equal_height=False):

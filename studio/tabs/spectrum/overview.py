@@ -171,7 +171,7 @@ def build(frame: Frame, tab: Any) -> None:
             heat = frame.picture("heat")
         with gr.Column(scale=5, min_width=320):
             gr.Markdown(
-                "### The adapter as a whole\nHow many directions of its r it really uses, and where it is loud. "
+                "## The adapter as a whole\nHow many directions of its r it really uses, and where it is loud. "
                 "A click on a cell opens that matrix."
             )
             facts = gr.HTML(elem_id="spectrum-facts")

@@ -74,9 +74,9 @@ def side_picture(studio: Studio, opened: Opened, path: str, side: str, k: int) -
     title = f"{SIDES[side]}, in words: {path}"
     tree = studio.skeleton(opened.model or "")
     if reason := words.reason_against(tree, path, f, side):
-        return Picture(title, html=f"<h4>{SIDES[side]}</h4>{theme.said(reason)}")
+        return Picture(title, html=f"<h3>{SIDES[side]}</h3>{theme.said(reason)}")
     if not found.rank:
-        return Picture(title, html=f"<h4>{SIDES[side]}</h4>{theme.said('ΔW is zero: it has no directions yet.')}")
+        return Picture(title, html=f"<h3>{SIDES[side]}</h3>{theme.said('ΔW is zero: it has no directions yet.')}")
     cosines, chance = cosines_of(studio, opened, side, found, k)
     tokenizer = studio.tokenizer(opened.model or "")
     cards, rows = [], []
@@ -85,7 +85,7 @@ def side_picture(studio: Studio, opened: Opened, path: str, side: str, k: int) -
         share = float(found.sigma[i].square() / found.sigma.square().sum())
         both = "".join(f"<div>{drawn(lists[sign], chance)}</div>" for sign in (1, -1))
         head = f"Direction {i + 1} · σ = {float(found.sigma[i]):.3g} · {share:.0%} of ‖ΔW‖²"
-        cards.append(f'<h5>{head}</h5><div class="both">{both}</div>')
+        cards.append(f'<h4>{head}</h4><div class="both">{both}</div>')
         rows += [(i + 1, text, value) for sign in (1, -1) for text, _, value in lists[sign]]
     told = (
         f"Numbers are cosines; the mark is the largest that a random direction has with any token, {chance:.2f}. Left "
@@ -93,7 +93,7 @@ def side_picture(studio: Studio, opened: Opened, path: str, side: str, k: int) -
     )
     return Picture(
         title,
-        html=f'<div class="words"><h4>{SIDES[side]}</h4>{"".join(cards)}{theme.said(told)}</div>',
+        html=f'<div class="words"><h3>{SIDES[side]}</h3>{"".join(cards)}{theme.said(told)}</div>',
         numbers=dict(zip(("direction", "token", "cosine"), zip(*rows, strict=True), strict=True)),
         maths=_maths(f, found, side, len(cosines)),
         notebook=_code(opened, studio, path, side, k),
@@ -142,7 +142,7 @@ def build(frame: Frame, tab: Any) -> None:
     """Draws the section in its `tab`."""
     studio = frame.studio
     gr.Markdown(
-        "### The strongest directions, in words\n"
+        "## The strongest directions, in words\n"
         "What a matrix reads is held against the embeddings of all tokens; what it writes passes the final norm and "
         "the unembedding. A rough lens: true words need not appear."
     )

@@ -36,10 +36,10 @@ def handler(page: gr.Blocks, name: str, elem_id: str | None = None):
     return only
 
 
-def look(page: gr.Blocks, run: str, *, train: bool = True) -> dict:
+def look(page: gr.Blocks, run: str, *, train: bool = True, **known) -> dict:
     """What an open page is told when it asks."""
     (head,) = (b for b in page.blocks.values() if b.elem_id == "head")
-    return head.look({"run": run, "train": train})
+    return head.look({"run": run, "train": train, **known})
 
 
 def update(component) -> dict:

@@ -126,8 +126,9 @@ def test_every_button_to_a_tab_leads_to_one_that_there_is(page, studio, write_ru
     (tabs,) = (b for b in page.blocks.values() if isinstance(b, gr.Tabs) and b.elem_id != "sections")
     assert {tab for of_one in found for tab in of_one} <= {tab.id for tab in tabs.children}
     (went,) = (event for event in page.fns.values() if event.js == GO)
-    assert went.fn is None and went.outputs == [tabs], "the page need not ask for it"
+    assert went.fn is None and [o.elem_id for o in went.outputs] == ["tabs", "run"], "the page need not ask for it"
 
 
 def test_words_on_a_button_to_a_tab_stay_words():
     assert ways(chat="<b>") == '<div class="ways"><button type="button" data-tab="chat">&lt;b&gt;</button></div>'
+    assert 'data-tab="train" data-run="&lt;b&gt;"' in ways("<b>", train="See it")

@@ -90,7 +90,7 @@ def test_what_needs_w_says_how_far_it_is_and_then_shows_it(page, trained, studio
 def test_directions_are_shown_in_words_where_they_have_some(page, trained, studio):
     place = studio.place_of(Source(trained.id))
     ((reads, writes),) = handler(page, "show_words")((*place, "model.layers.0.self_attn.q_proj"), 2)
-    assert reads.count("<h5>") == 2 and "not the residual stream" in writes
+    assert reads.count("<h4>") == 2 and "not the residual stream" in writes
 
 
 def test_a_cell_of_the_map_opens_its_matrix(page):

@@ -1,6 +1,5 @@
 """The Train tab: how a run goes, and what can be done with it."""
 
-import dataclasses
 import math
 import re
 
@@ -274,18 +273,3 @@ def test_a_number_of_further_steps_that_is_none_is_refused(write_run, studio):
 )
 def test_a_length_of_time_in_words(seconds, words):
     assert train_tab.duration(seconds) == words
-
-
-def test_the_time_left_is_what_the_last_steps_took_less_what_has_passed(write_run, monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr("studio.runs.time.time", lambda: now[0])
-    slow = [dataclasses.replace(step(i), step_seconds=100.0) for i in range(1, 11)]
-    run = write_run([*slow, *(step(i) for i in range(11, 31))], RunSpec(train=TrainConfig(steps=60)))
-    run.log.refresh()
-    assert train_tab.seconds_left(run) == pytest.approx(30 * 0.5)
-    now[0] += 0.2
-    assert train_tab.seconds_left(run) == pytest.approx(30 * 0.5 - 0.2)
-    now[0] += 100  # a step that hangs does not eat up the others' time
-    assert train_tab.seconds_left(run) == pytest.approx(29 * 0.5)
-    now[0] -= 500  # the clock was put back
-    assert train_tab.seconds_left(run) == pytest.approx(30 * 0.5)
