@@ -8,12 +8,12 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import METHODS, Failed, LoRAError, gpus, resolve_device, settings
-from studio import analysis, evaluate_command, home_commands
+from studio import analysis, command_line, evaluate_command, home_commands
 from studio.experiments import command as experiment_command
 from studio.specs import PARTS
 from studio.workspace import Workspace
@@ -26,11 +26,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns its exit code: 0 fine, 1 the run failed, 2 unusable arguments."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
-        words.insert(0, "serve")
-    args = _parser().parse_args(words)
+    """Runs the command line; returns its exit code, one of `command_line.EXIT`."""
+    args = _parser().parse_args(_with_command(sys.argv[1:] if argv is None else argv))
     try:
         workspace = Workspace(args.workspace) if args.workspace else Workspace.default()
         return args.run(args, workspace)
@@ -41,32 +38,94 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def _with_command(words: Sequence[str]) -> list[str]:
+    """Returns the words of the command line; without a command the page is served."""
+    is_served = not words or (words[0].startswith("-") and words[0] not in ("-h", "--help"))
+    return ["serve", *words] if is_served else list(words)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lora-studio",
-        description="Fine-tune a language model with LoRA in the browser, and see what the update learned. "
-        "Without a command it serves the page.",
+    parser, command = command_line.root(
+        "Fine-tune a language model with LoRA in the browser, and see what the update learned. Without a command it "
+        "serves the page. Nothing is asked of any other machine unless you name a Hub model or data set."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    of_run = command_line.of_runs(command)
+    _add_serve(command)
+    demo = command(
+        "demo",
+        _demo,
+        "Make the whole journey in the terminal: train the starter model on a starter data set, show what changed.",
+        more="Prints the held-out losses and three answers before and after, and writes the adapter and its figures.",
+        examples="""
+            lora-studio demo                                 # a few minutes on two cores
+            lora-studio demo --data starter:tickets --steps 80
+            """,
+    )
+    demo.add_argument("--steps", type=int, default=40, metavar="N", help="optimizer steps (default: %(default)s)")
+    demo.add_argument(
+        "--model",
+        default="starter",
+        help="starter, a folder, a .gguf file or a Hub id (default: starter, SmolLM2-135M-Instruct)",
+    )
+    demo.add_argument(
+        "--data",
+        default="starter:restaurants",
+        help="starter:NAME, a data file, or hub:owner/name (default: %(default)s)",
+    )
+    _add_train(command)
+    _commands_for_runs(of_run)
+    analysis.add_commands(command)
+    evaluate_command.add_command(of_run)
+    experiment_command.add_commands(command)
+    home_commands.add_commands(of_run)
+    api = command(
+        "serve-api",
+        _serve_api,
+        "Serve adapters to OpenAI's clients, each by its name as the model, on this machine only.",
+        more="The clients' base_url is http://localhost:PORT/v1; any API key will do. The base model is served, too.",
+        examples="""
+            lora-studio serve-api 20261126
+            lora-studio serve-api waiter=20261126 keeper=my-adapter --port 8001
+            """,
+    )
+    api.add_argument(
+        "adapters",
+        metavar="ADAPTER",
+        nargs="+",
+        help="a run's id, or how it begins, or a folder with an adapter; NAME=… before it says what clients call it",
+    )
+    api.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the adapters name)")
+    api.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+    devices = command(
+        "devices",
+        _devices,
+        "List the GPUs of this machine, and how much memory is free on each.",
+        more="Their names are what the setting --device takes.",
+        examples="lora-studio devices",
+    )
+    devices.add_argument("--json", action="store_true", help=command_line.JSON_HELP)
+    return parser
 
-    def command(name: str, run: Callable[..., int], help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help)
-        sub.set_defaults(run=run)
-        sub.add_argument(
-            "--workspace",
-            metavar="DIR",
-            help="folder for runs, uploads and caches (default: $LORA_STUDIO_HOME, else ~/lora-studio)",
-        )
-        return sub
 
-    serve = command("serve", _serve, "Serve the studio's page on this machine.")
+def _add_serve(command: command_line.Add) -> None:
+    serve = command(
+        "serve",
+        _serve,
+        "Serve the studio's page on this machine, and open a browser at it.",
+        more="Ctrl-C ends the page, not a training: runs go on in processes of their own.",
+        examples="""
+            lora-studio                                      # the word serve may be left out
+            lora-studio --port 8080 --no-browser
+            lora-studio --host 0.0.0.0 --user ada --password-file password.txt
+            """,
+    )
     serve.add_argument(
         "--host",
         default="127.0.0.1",
         help="address to listen on (default: %(default)s, this machine only); any other asks for a password",
     )
     serve.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
-    serve.add_argument("--user", metavar="NAME", help="name to sign in with (default: studio)")
+    serve.add_argument("--user", metavar="NAME", help="name to sign in with, and ask for it (default: studio)")
     serve.add_argument(
         "--password-file",
         metavar="FILE",
@@ -83,81 +142,68 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--no-browser", action="store_true", help="do not open a browser")
     serve.add_argument("--run-id", metavar="RUN", help="open the page at this run")
-    train = command("train", _train, "Train one run in a process of its own, and follow it.")
+
+
+def _add_train(command: command_line.Add) -> None:
+    train = command(
+        "train",
+        _train,
+        "Train the run that a JSON file describes, and follow it.",
+        more="It trains in a process of its own, which goes on when this terminal closes; if another run is going on, "
+        "it waits for it. Ctrl-C saves and ends it.\n\n"
+        "The least that SPEC may hold is {}: then the starter model learns starter:restaurants. Exit status 1: the run "
+        "failed.",
+        usage="SPEC [--SETTING VALUE ...] [--json] [--workspace DIR]",
+        examples="""
+            echo '{"model": "starter", "data": {"source": "starter:tickets"}}' > spec.json
+            lora-studio train spec.json
+            lora-studio train spec.json --r 4 --target-modules q_proj,v_proj --steps 100
+            """,
+    )
     train.add_argument("--json", action="store_true", help="print every event as one line of JSON")
-    _add_spec(train)
-    plan = command("plan", _plan, "Say what a run would take, beside full fine-tuning, and what makes it fit.")
-    plan.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
-    plan.add_argument("--model", help="starter, a folder (its config.json is enough), a .gguf file or a Hub id")
+    command_line.add_spec(train, PARTS, is_needed=True)
+    plan = command(
+        "plan",
+        _plan,
+        "Say what a run would take, LoRA beside full fine-tuning, and what makes it fit.",
+        more="Computed from shapes, without loading a weight. The columns are GB (10⁹ bytes) on each device.",
+        usage="[SPEC] [--SETTING VALUE ...] [--model MODEL] [--devices N] [--free BYTES] [--probe]",
+        examples="""
+            lora-studio plan                                 # the starter model with the default settings
+            lora-studio plan --model ~/models/llama --r 16 --batch-size 8 --free 24e9
+            lora-studio plan spec.json --probe
+            """,
+    )
+    plan.add_argument("--json", action="store_true", help=command_line.JSON_HELP)
+    plan.add_argument(
+        "--model",
+        help="starter, a folder (its config.json is enough), a .gguf file or a Hub id (default: that of SPEC, starter)",
+    )
     plan.add_argument(
         "--devices", type=int, metavar="N", help="so many devices train together (default: those of --device)"
     )
     plan.add_argument("--free", type=float, metavar="BYTES", help="what each device has (default: what is free now)")
     plan.add_argument("--probe", action="store_true", help="also take a few real steps on the longest rows of the data")
-    _add_spec(plan, nargs="?")
-    commands_for_runs(command)
-    analysis.add_commands(command)
-    experiment_command.add_commands(command)
-    home_commands.add_commands(of_runs(command))
-    evaluate_command.add_command(of_runs(command))
-    api = command("serve-api", _serve_api, "Serve adapters to OpenAI's clients, on this machine only.")
-    api.add_argument(
-        "adapters", metavar="ADAPTER", nargs="+", help="a run's id, or how it begins, or a folder; NAME=… names it"
-    )
-    api.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the adapters name)")
-    api.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    devices = command("devices", _devices, "List the GPUs of this machine, and how much memory is free on each.")
-    devices.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
-    demo = command("demo", _demo, "Train the starter model on a starter data set and show what changed.")
-    demo.add_argument("--steps", type=int, default=40, help="optimizer steps (default: %(default)s)")
-    demo.add_argument(
-        "--model", default="starter", help="a Hub id, a folder or a .gguf file (default: the starter model)"
-    )
-    demo.add_argument(
-        "--data",
-        default="starter:restaurants",
-        help="starter:NAME, a data file, or hub:owner/name (default: %(default)s)",
-    )
-    return parser
+    command_line.add_spec(plan, PARTS, is_needed=False)
 
 
-def _add_spec(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    parser.add_argument("spec", metavar="SPEC", type=Path, nargs=nargs, help="a JSON file like the spec.json of a run")
-    for config in PARTS.values():
-        group = parser.add_argument_group(f"settings that go before those of SPEC ({config.__name__})")
-        for s in settings(config):
-            metavar = "{" + ",".join(s.choices) + "}" if s.choices else "X"
-            group.add_argument(f"--{s.name.replace('_', '-')}", metavar=metavar, help=s.help.replace("%", "%%"))
-
-
-def of_runs(command: Callable[..., argparse.ArgumentParser]) -> Callable[..., argparse.ArgumentParser]:
-    """Returns what adds a command of a run, `RUN`, or of all with `of_run` unset; each takes --json."""
-
-    def add(name: str, run: Callable[..., int], help: str, *, of_run: bool = True) -> argparse.ArgumentParser:
-        sub = command(name, run, help)
-        sub.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
-        if of_run:
-            sub.add_argument("run_id", metavar="RUN", help="a run's id, or how it begins")
-        return sub
-
-    return add
-
-
-def commands_for_runs(command: Callable[..., argparse.ArgumentParser]) -> None:
+def _commands_for_runs(add: command_line.Add) -> None:
     """Adds the commands that list and steer runs; all of them take --json."""
-    add = of_runs(command)
-    add("runs", _runs, "List all runs, the newest first.", of_run=False)
-    pause = add("pause", _end, "Save everything and free the memory after the step at hand; resume goes on from there.")
-    pause.set_defaults(reason="paused")
-    stop = add("stop", _end, "Save everything and end after the step at hand.")
-    stop.set_defaults(reason="stopped")
-    stop.add_argument("--now", action="store_true", help="kill it; what came after its last checkpoint is lost")
-    resume = add("resume", _resume, "Go on from the last checkpoint, as if nothing had happened, and follow it.")
-    resume.add_argument("--further", type=int, metavar="N", help="train N steps more than were asked for, as a new run")
-    resume.add_argument(
-        "--remedy", type=int, metavar="N", help="with the Nth change that `runs` offers a failed run, as a new run"
+    queue = add(
+        "queue",
+        _queue,
+        "List the runs that wait for their turn, or with SPEC add to them.",
+        more="What waits is trained one after the other, with the page and this terminal closed, too. A sweep makes a "
+        "run for each combination of its values.",
+        usage="[SPEC] [--SETTING VALUE ...] [--sweep SETTING=VALUES] [--move RUN BY] [--cancel RUN] [--json]",
+        of_run=False,
+        examples="""
+            lora-studio queue spec.json --sweep r=4,8 --sweep seed=1,2   # four runs
+            lora-studio queue                                            # who waits
+            lora-studio queue --move 20261126 -1                         # one place up
+            lora-studio queue --cancel 20261126
+            """,
     )
-    queue = add("queue", _queue, "List the runs that wait, or with SPEC add to them; a sweep adds many.", of_run=False)
     queue.add_argument("--move", nargs=2, metavar=("RUN", "BY"), help="move a run BY places down, or up if negative")
     queue.add_argument("--cancel", metavar="RUN", help="take a run out of the queue")
     queue.add_argument(
@@ -167,7 +213,51 @@ def commands_for_runs(command: Callable[..., argparse.ArgumentParser]) -> None:
         metavar="SETTING=VALUES",
         help="a run for each value, r=4,8,16; given more than once, for each combination",
     )
-    _add_spec(queue, nargs="?")
+    command_line.add_spec(queue, PARTS, is_needed=False)
+    add(
+        "runs",
+        _runs,
+        "List all runs, the newest first; of one that failed also what may help.",
+        more="A line is its id, its state, its step and its name.",
+        of_run=False,
+        examples="""
+            lora-studio runs
+            lora-studio runs --json                          # with losses, and why a run failed
+            """,
+    )
+    pause = add(
+        "pause",
+        _end,
+        "Save everything and free the memory after the step at hand; resume goes on from there.",
+        examples="lora-studio pause 20261126",
+    )
+    pause.set_defaults(reason="paused")
+    stop = add(
+        "stop",
+        _end,
+        "Save everything and end after the step at hand; resume could still go on from there.",
+        examples="""
+            lora-studio stop 20261126
+            lora-studio stop 20261126 --now
+            """,
+    )
+    stop.set_defaults(reason="stopped")
+    stop.add_argument("--now", action="store_true", help="kill it; what came after its last checkpoint is lost")
+    resume = add(
+        "resume",
+        _resume,
+        "Go on from the last checkpoint, as if nothing had happened, and follow it.",
+        more="After a pause, a stop, a crash or a kill. Exit status 1: the run failed.",
+        examples="""
+            lora-studio resume 20261126
+            lora-studio resume 20261126 --further 100        # 100 steps more, as a run of its own
+            lora-studio resume 20261126 --remedy 1           # with the first change that `runs` offers
+            """,
+    )
+    resume.add_argument("--further", type=int, metavar="N", help="train N steps more than were asked for, as a new run")
+    resume.add_argument(
+        "--remedy", type=int, metavar="N", help="with the Nth change that `runs` offers a failed run, as a new run"
+    )
 
 
 def _serve(args: argparse.Namespace, workspace: Workspace) -> int:
