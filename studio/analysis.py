@@ -68,6 +68,11 @@ def add_commands(command: command_line.Add) -> None:
         sub.add_argument("--parts", metavar="NAMES", help=command_line.PARTS_HELP)
         return sub
 
+    _add_spectrum(add)
+    _add_algebra(add)
+
+
+def _add_spectrum(add: command_line.Add) -> None:
     spectrum = add(
         "spectrum",
         _spectrum,
@@ -93,6 +98,9 @@ def add_commands(command: command_line.Add) -> None:
     form.add_argument("--json", action="store_true", help=command_line.JSON_HELP)
     form.add_argument("--csv", action="store_true", help="print CSV, a line a matrix")
     form.add_argument("--figures", metavar="DIR", type=Path, help="write figures as PNG into this folder instead")
+
+
+def _add_algebra(add: command_line.Add) -> None:
     beside = add(
         "compare",
         _compare,

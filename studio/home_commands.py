@@ -13,6 +13,11 @@ from studio.workspace import Workspace
 
 def add_commands(add: command_line.Add) -> None:
     """Adds them, by the function that adds a command of a run to the parser."""
+    _add_export(add)
+    _add_capsules(add)
+
+
+def _add_export(add: command_line.Add) -> None:
     add(
         "certificate",
         _certificate,
@@ -48,6 +53,9 @@ def add_commands(add: command_line.Add) -> None:
         help="of the weights. merged: float32, float16, bfloat16; gguf: f32, f16, bf16, q8_0 (default: the base's own)",
     )
     export.add_argument("--force", action="store_true", help="write it even if the certificate is red")
+
+
+def _add_capsules(add: command_line.Add) -> None:
     pack = add(
         "capsule",
         _capsule,
