@@ -24,11 +24,12 @@ from core import (
     truncate,
     weight_svd,
 )
+from studio import command_line
 from studio.workspace import Workspace
 
 T = TypeVar("T")
 
-ADAPTER_HELP = "a run's id or how it begins, a folder of PEFT's, or a file of loralib's with --scaling"
+ADAPTER_HELP = "an adapter: a run's id or how it begins, a folder of PEFT's, or a file of loralib's with --scaling"
 
 
 @dataclass(frozen=True)
@@ -56,38 +57,74 @@ class Opened:
         return notes
 
 
-def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+def add_commands(command: command_line.Add) -> None:
     """Adds the commands that look at adapters."""
 
-    def add(name: str, run: Callable[..., int], help: str, *adapters: str) -> argparse.ArgumentParser:
-        sub = command(name, run, help)
+    def add(name: str, run: Callable[..., int], help: str, *adapters: str, **more: str) -> argparse.ArgumentParser:
+        sub = command(name, run, help, **more)
         for one in adapters:
             sub.add_argument(one.lower(), metavar=one, help=ADAPTER_HELP)
-        sub.add_argument(
-            "--scaling", type=float, metavar="X", help="alpha / r of a loralib file, which does not say it"
-        )
-        sub.add_argument(
-            "--parts",
-            metavar="NAMES",
-            help="the slices of fused projections that a loralib file has: q,v for its GPT-2",
-        )
+        sub.add_argument("--scaling", type=float, metavar="X", help=command_line.SCALING_HELP)
+        sub.add_argument("--parts", metavar="NAMES", help=command_line.PARTS_HELP)
         return sub
 
-    spectrum = add("spectrum", _spectrum, "Say what an adapter learned, matrix by matrix.", "ADAPTER")
-    spectrum.add_argument("--base", metavar="MODEL", help="the base model, for ΔW beside W; that of a run is known")
+    _add_spectrum(add)
+    _add_algebra(add)
+
+
+def _add_spectrum(add: command_line.Add) -> None:
+    spectrum = add(
+        "spectrum",
+        _spectrum,
+        "Say what an adapter learned, matrix by matrix.",
+        "ADAPTER",
+        more="Ranks and sizes of each ΔW from its factors alone; and beside the base model's weights, if they are at "
+        "hand, the paper's Table 7 with its level of chance.",
+        examples="""
+            lora-studio spectrum 20261126
+            lora-studio spectrum 20261126 --figures figures
+            lora-studio spectrum my-adapter --base ~/models/llama --csv
+            """,
+    )
     spectrum.add_argument(
-        "--intruders", action="store_true", help="also count directions of W + ΔW that are none of W's; slow at first"
+        "--base", metavar="MODEL", help="the base model, for ΔW beside W (default: the one that the run was trained on)"
+    )
+    spectrum.add_argument(
+        "--intruders",
+        action="store_true",
+        help="also count directions of W + ΔW that are none of W's; minutes at first, while W's SVDs are made",
     )
     form = spectrum.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
+    form.add_argument("--json", action="store_true", help=command_line.JSON_HELP)
     form.add_argument("--csv", action="store_true", help="print CSV, a line a matrix")
-    form.add_argument("--figures", metavar="DIR", type=Path, help="write figures as PNG")
+    form.add_argument("--figures", metavar="DIR", type=Path, help="write figures as PNG into this folder instead")
+
+
+def _add_algebra(add: command_line.Add) -> None:
     beside = add(
-        "compare", _compare, "Say what two adapters of one model share, and what adding them would do.", "A", "B"
+        "compare",
+        _compare,
+        "Say what two adapters of one model share, and what adding them would do.",
+        "A",
+        "B",
+        more="φ is the paper's subspace similarity, from 0 to 1, beside that of random directions.",
+        examples="""
+            lora-studio compare 20261126-0911 20261126-1030
+            lora-studio compare 20261126 my-adapter --rank 4
+            """,
     )
     beside.add_argument("--rank", type=int, metavar="K", help="overlap of the K strongest directions (default: of all)")
-    beside.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
-    shorter = add("truncate", _truncate, "Write the nearest adapter of fewer directions.", "A")
+    beside.add_argument("--json", action="store_true", help=command_line.JSON_HELP)
+    shorter = add(
+        "truncate",
+        _truncate,
+        "Write the nearest adapter of fewer directions, and say how far off it is.",
+        "A",
+        examples="""
+            lora-studio truncate 20261126 smaller --rank 4
+            lora-studio truncate 20261126 smaller --energy 0.9 --pooled
+            """,
+    )
     shorter.add_argument("out", metavar="OUT", type=Path, help="the folder to write, in PEFT's layout")
     wanted = shorter.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--rank", type=int, metavar="K", help="directions to keep in each matrix")
@@ -98,7 +135,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     shorter.add_argument(
         "--pooled", action="store_true", help="let matrices compete: --energy of the whole, --rank on average"
     )
-    shorter.add_argument("--json", action="store_true", help="print JSON instead of lines for people")
+    shorter.add_argument("--json", action="store_true", help=command_line.JSON_HELP)
 
 
 def open_adapter(name: str, workspace: Workspace, *, scaling: float | None = None, parts: str | None = None) -> Opened:

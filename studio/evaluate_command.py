@@ -3,9 +3,9 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
 
 from core import LoRAError, settings
+from studio import command_line
 from studio.generating import EvaluationSpec
 from studio.metrics import TASKS, Difference, Result
 from studio.runs import Runs
@@ -15,18 +15,31 @@ _FLAGS = {"evaluation_task": "task", "evaluation_prompts": "prompts"}
 """Settings whose flags are shorter here, where all is evaluation."""
 
 
-def add_command(add: Callable[..., argparse.ArgumentParser]) -> None:
+def add_command(add: command_line.Add) -> None:
     """Adds it, by the function that adds a command of a run to the parser."""
-    command = add("evaluate", _evaluate, "Generate answers to a run's held-out prompts, and measure them.")
+    command = add(
+        "evaluate",
+        _evaluate,
+        "Generate answers to a run's held-out prompts, and measure them by a task.",
+        more="Prints each metric with the range of 95 % of bootstrap samples, and where the answers are kept. "
+        "Needs: pip install lora-studio[eval]",
+        examples="""
+            lora-studio evaluate 20261126 --task data_to_text
+            lora-studio evaluate 20261126 --beams 10 --no-repeat 4 --length-penalty 0.9   # the paper's search
+            lora-studio evaluate 20261126 --against 20261125
+            """,
+    )
     for s in settings(EvaluationSpec):
         if s.name == "evaluation_at":  # it is now
             continue
-        choices = "{" + ",".join(TASKS) + "}" if s.name == "evaluation_task" else "X"
+        value = "{" + ",".join(TASKS) + "}" if s.name == "evaluation_task" else command_line.metavar(s)
         flag = "--" + _FLAGS.get(s.name, s.name).replace("_", "-")
-        told = f"{s.told} (default: the run's)".replace("%", "%%")
-        command.add_argument(flag, dest=s.name, metavar=choices, help=told)
+        told = command_line.escaped(f"{s.told} (default: the run's)")
+        command.add_argument(flag, dest=s.name, metavar=value, help=told)
     command.add_argument(
-        "--against", metavar="OTHER", help="also say how far it scores above another run's answers to the same prompts"
+        "--against",
+        metavar="OTHER",
+        help="also say how far it scores above another run's answers to the same prompts",
     )
 
 

@@ -3,40 +3,93 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from core import LoRAError, Noted
+from studio import command_line
 from studio.runs import Run, Runs
 from studio.workspace import Workspace
 
 
-def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+def add_commands(add: command_line.Add) -> None:
     """Adds them, by the function that adds a command of a run to the parser."""
-    export = add("export", _export, "Write a run's adapter, or the merged model, for other tools; checked, then whole.")
+    _add_export(add)
+    _add_capsules(add)
+
+
+def _add_export(add: command_line.Add) -> None:
+    add(
+        "certificate",
+        _certificate,
+        "Try what merging does to a run's adapter, and write it down with the run.",
+        more="Compares merged with unmerged: logits, KL, every matrix, and whether W0 comes back bit for bit. Exit "
+        "status 1: the certificate is red; it says why.",
+        examples="lora-studio certificate 20261126",
+    )
+    export = add(
+        "export",
+        _export,
+        "Write a run's adapter, or the merged model, for other tools.",
+        more="What was written is opened again before it counts. A red certificate stops it, with exit status 2.",
+        examples="""
+            lora-studio export 20261126 my-adapter
+            lora-studio export 20261126 my-model --as merged --dtype bfloat16
+            lora-studio export 20261126 my-model.gguf --as gguf --dtype q8_0
+            """,
+    )
     export.add_argument("out", metavar="OUT", type=Path, help="the folder, or the .gguf file, to write")
     export.add_argument(
         "--as",
         dest="kind",
         metavar="KIND",
         default="adapter",
-        help="adapter: a PEFT folder. merged: a Hugging Face folder. gguf-adapter, gguf: for llama.cpp (%(default)s)",
+        help="adapter: a PEFT folder. merged: a Hugging Face folder. gguf-adapter, gguf: for llama.cpp "
+        "(default: %(default)s)",
     )
     export.add_argument(
-        "--dtype", default="", help="merged: float32, float16, bfloat16; gguf: f32, f16, bf16, q8_0 (default: its own)"
+        "--dtype",
+        default="",
+        metavar="TYPE",
+        help="of the weights. merged: float32, float16, bfloat16; gguf: f32, f16, bf16, q8_0 (default: the base's own)",
     )
     export.add_argument("--force", action="store_true", help="write it even if the certificate is red")
-    add("certificate", _certificate, "Try what merging does to a run's adapter, and write it down with the run.")
-    pack = add("capsule", _capsule, "Put all that a run is, without its rows, into one zip.")
+
+
+def _add_capsules(add: command_line.Add) -> None:
+    pack = add(
+        "capsule",
+        _capsule,
+        "Put all that a run is, without its rows, into one zip.",
+        examples="lora-studio capsule 20261126 run.zip",
+    )
     pack.add_argument("file", metavar="FILE", type=Path, help="the zip to write")
-    restore = add("restore", _restore, "Make a run of a capsule.", of_run=False)
-    restore.add_argument("file", metavar="FILE", type=Path, help="a zip that capsule wrote")
-    take = add("import", _import, "Make a run of an adapter from elsewhere.", of_run=False)
+    restore = add(
+        "restore",
+        _restore,
+        "Make a run from a capsule, the zip that `capsule` wrote.",
+        of_run=False,
+        examples="lora-studio restore run.zip",
+    )
+    restore.add_argument("file", metavar="FILE", type=Path, help="the capsule")
+    take = add(
+        "import",
+        _import,
+        "List an adapter from elsewhere as a run, once it fits its base model.",
+        of_run=False,
+        examples="""
+            lora-studio import my-adapter --model ~/models/llama
+            lora-studio import gpt2_lora.bin --model ~/models/gpt2 --scaling 8 --parts q,v
+            """,
+    )
     take.add_argument("path", metavar="PATH", type=Path, help="a PEFT folder, a zip of one, or loralib's file")
-    take.add_argument("--model", default="starter", help="the base that is to carry it (default: %(default)s)")
+    take.add_argument(
+        "--model",
+        default="starter",
+        help="its base: starter, a folder, a .gguf file or a Hub id (default: %(default)s)",
+    )
     take.add_argument("--name", default="", help="what to call it (default: after the file)")
-    take.add_argument("--scaling", type=float, metavar="X", help="alpha / r of a loralib file, which does not say it")
-    take.add_argument("--parts", metavar="q,v", help="slices of fused projections in a loralib file, in their order")
+    take.add_argument("--scaling", type=float, metavar="X", help=command_line.SCALING_HELP)
+    take.add_argument("--parts", metavar="NAMES", help=command_line.PARTS_HELP)
 
 
 def _export(args: argparse.Namespace, workspace: Workspace) -> int:

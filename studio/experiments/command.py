@@ -4,10 +4,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from core import LoRAError
+from studio import command_line
 from studio.experiments.base import SIZES, Asked
 from studio.workspace import Workspace
 
@@ -17,10 +17,19 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 
 
-def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+def add_commands(command: command_line.Add) -> None:
     """Adds it, by the function that adds a command to the parser."""
     sub = command(
-        "experiment", _experiment, "Run one of the paper's experiments, or go on with it; without NAME, list them."
+        "experiment",
+        _experiment,
+        "Run one of the paper's experiments piece by piece, and tell it beside the paper's numbers.",
+        more="Without NAME it lists all nine. What was found is kept: the same command goes on where it was. "
+        "Ctrl-C pauses it.",
+        examples="""
+            lora-studio experiment                           # which there are
+            lora-studio experiment ranks --size tiny
+            lora-studio experiment ranks --size tiny --show
+            """,
     )
     sub.add_argument("name", metavar="NAME", nargs="?", help="labels, data-to-text, matrices, ranks, subspaces, …")
     sizes = "; ".join(f"{name}: {words}" for name, words in SIZES.items())

@@ -6,7 +6,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.test_journey import open_tab
+from tests.browser.serving import open_tab
 
 WAIT = 240_000  # milliseconds, on a busy machine
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.browser.test_journey import open_tab
+from tests.browser.serving import open_tab
 
 WAIT = 240_000  # milliseconds, on a busy machine
 

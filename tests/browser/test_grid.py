@@ -9,7 +9,7 @@ from studio import models
 from studio.forms import address
 from studio.runs import Runs
 from studio.workspace import Workspace
-from tests.browser.test_journey import open_tab
+from tests.browser.serving import open_tab
 
 WAIT = 240_000  # milliseconds, on a busy machine
 

@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
 import re
 import zipfile
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -16,10 +14,9 @@ from studio.workspace import Workspace
 from tests.browser.axe import barriers
 from tests.browser.by_hand import ByHand
 from tests.browser.korean import left_in_english
+from tests.browser.serving import WAIT, open_tab
 
 STEPS = 20
-WAIT = 240_000  # milliseconds; training on a busy machine
-SHOTS = os.environ.get("LORA_STUDIO_SHOTS")  # a folder that gets a picture of every tab
 
 # Whether the three answers are the same as when this was asked before: they have ended.
 SETTLED = """() => {
@@ -32,15 +29,6 @@ SETTLED = """() => {
 
 def said_by(page, letter):
     return page.locator(f"#talk-{letter} .said-by p").last.text_content()
-
-
-def open_tab(page, name):
-    page.get_by_role("tab", name="Start", exact=True).first.wait_for(timeout=WAIT)
-    tab = page.get_by_role("tab", name=name, exact=True).first
-    if not tab.is_visible():  # on a narrow page the last tabs are behind a menu
-        page.locator(".overflow-menu button").first.click()
-        tab = page.locator(".overflow-dropdown button", has_text=name).first
-    tab.click()
 
 
 def status_text(page):
@@ -329,14 +317,11 @@ def test_a_notebook_is_read_in_the_page_and_the_page_is_as_it_was_after_it(train
     assert "Journey" in page.locator("#runs-table").inner_text() and not page.locator("#lesson").is_visible()
 
 
-# Colours change no sizes: each width once, and the other two where pictures are wanted.
+# Colours change no sizes: each width once.
 LOOKS = [
     ("light", 1440, 900),
     ("dark", 390, 844),
-    *(
-        pytest.param(*look, marks=[] if SHOTS else pytest.mark.slow)
-        for look in [("dark", 1440, 900), ("light", 390, 844)]
-    ),
+    *(pytest.param(*look, marks=pytest.mark.slow) for look in [("dark", 1440, 900), ("light", 390, 844)]),
 ]
 
 
@@ -358,15 +343,15 @@ def test_no_tab_overflows_the_page_or_keeps_anybody_out(trained, browser, server
         assert inner <= width, f"{name} is {inner} wide on a page of {width}"
         assert barriers(page) == [], name
         if width == 1440:
-            page.locator(".to-ko").click()
-            page.wait_for_function("document.querySelector('#tabs [role=tab]').textContent.trim() === '시작하기'", timeout=WAIT)
-            assert left_in_english(page, data=DATA) == [], name
-            page.locator(".to-en").click()
-            page.wait_for_function("document.querySelector('#tabs [role=tab]').textContent.trim() === 'Start'", timeout=WAIT)
-        if SHOTS:
-            Path(SHOTS).mkdir(parents=True, exist_ok=True)
-            file = f"{name.lower().replace(' ', '-')}-{scheme}-{width}.png"
-            page.screenshot(path=Path(SHOTS) / file, full_page=width < 600)
+            for switch, start in ((".to-ko", "시작하기"), (".to-en", "Start")):
+                page.locator(switch).click()
+                page.wait_for_function(
+                    "start => document.querySelector('#tabs [role=tab]').textContent.trim() === start",
+                    arg=start,
+                    timeout=WAIT,
+                )
+                if switch == ".to-ko":
+                    assert left_in_english(page, data=DATA) == [], name
     page.goto(f"{server.url}#learn/02_what_did_it_learn")
     page.locator("#lesson img").last.wait_for(timeout=WAIT)
     assert page.evaluate("document.documentElement.scrollWidth") <= width

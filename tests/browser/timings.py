@@ -15,7 +15,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-from tests.browser.conftest import CHROMIUM, Server
+from tests.browser.serving import CHROMIUM, Server
 
 TABS = ("Model", "Data", "Train", "Spectrum", "Chat", "Runs", "Take home")
 

@@ -1,7 +1,10 @@
 """The command line: one sentence and a fitting exit code, never a traceback."""
 
+import argparse
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -96,15 +99,49 @@ def test_serve_takes_host_run_workspace_and_no_browser(command, served, tmp_path
     assert how["url"] == f"http://0.0.0.0:{free_port}/?run=r-1"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], ["serve", "--help"], ["train", "-h"], ["demo", "--help"]])
-def test_help_is_printed_and_is_no_error(words, command):
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """Returns all commands, in the order in which help lists them."""
+    (sub,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return sub.choices
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"]])
+def test_help_lists_every_command_with_its_sentence(words, command):
     code, out, err = command(*words)
     assert (code, err) == (0, "")
     assert out.startswith("usage: lora-studio")
-    if words[0] in ("serve", "train", "demo"):
-        assert "--workspace DIR" in out
-    else:
-        assert all(name in out for name in ("serve", "train", "demo"))
+    for name, parser in commands().items():
+        sentence, *_ = parser.description.split("\n\n")
+        assert "".join((name + sentence).split()) in "".join(out.split())
+
+
+@pytest.mark.parametrize("name", commands())
+def test_help_of_a_command_has_examples_which_are_understood(name, command):
+    code, out, err = command(name, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: lora-studio {name}") and "--workspace DIR" in out
+    examples = [shlex.split(line, comments=True) for line in out.split("\nexamples:\n")[1].splitlines()]
+    assert examples[-1][0] == "lora-studio"
+    for program, *words in examples:
+        if program == "echo":  # what the next one reads
+            RunSpec.from_dict(json.loads(words[0]))
+            continue
+        args = cli._parser().parse_args(cli._with_command(words))
+        assert (program, args.command) == ("lora-studio", name)
+
+
+def test_the_readme_s_table_has_every_command_and_no_flag_that_is_not_there():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`lora-studio.*?) \| (.+) \|$", readme.split("\n## Commands\n")[1], re.MULTILINE)
+    known = commands()
+    told = []
+    for cell, words in rows:
+        names = re.findall(r"`(?:lora-studio)? ?([a-z][a-z-]*)?[^`]*`", cell)
+        names = [name or "serve" for name in names]
+        told += names
+        flags = {flag for name in names for flag in known[name]._option_string_actions}
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", cell + words)) <= flags, cell
+    assert list(dict.fromkeys(told)) == list(known)
 
 
 @pytest.mark.parametrize(

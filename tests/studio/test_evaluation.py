@@ -11,7 +11,7 @@ import torch
 
 from core import Evaluated, Finished, LoRAConfig, LoRAError, Step, TrainConfig
 from studio import __main__ as cli
-from studio import data, evaluation, generating, models, prompts, worker
+from studio import data, evaluation, generating, models, prompts, run_commands, worker
 from studio.chat import Engine
 from studio.checkpoints import best
 from studio.generating import EvaluationSpec, generate
@@ -310,7 +310,7 @@ def test_what_cannot_be_evaluated_says_why(spec, write_run, workspace, capsys):
 def test_a_spec_keeps_its_task_and_says_nothing_of_none(spec):
     assert RunSpec.from_dict(spec.to_dict()) == spec
     assert "evaluation" not in replace(spec, evaluation=EvaluationSpec()).to_dict()
-    changed = cli._spec(cli._parser().parse_args(["plan", "--evaluation-task", "summary", "--beams", "3"]))
+    changed = run_commands.spec_of(cli._parser().parse_args(["plan", "--evaluation-task", "summary", "--beams", "3"]))
     assert (changed.evaluation.evaluation_task, changed.evaluation.beams) == ("summary", 3)
 
 
