@@ -46,6 +46,7 @@ class Frame:
         section: State with the id of the section that is seen.
         sections: The `gr.Tabs` of the sections.
         pictures: What was drawn last.
+        tabs: Section → its `gr.Tab`.
         turns: (section, whether by matrix) → State that changes when the section is to be drawn anew.
     """
 
@@ -57,6 +58,7 @@ class Frame:
     section: Any
     sections: Any
     pictures: Pictures = field(default_factory=Pictures)
+    tabs: dict[str, Any] = field(default_factory=dict)
     turns: dict[tuple[str, bool], Any] = field(default_factory=dict)
 
     def picture(self, elem_id: str, **options: Any) -> gr.HTML:
@@ -86,7 +88,7 @@ class Frame:
         by_matrix: bool = False,
         also: Sequence[Any] = (),
         **options: Any,
-    ) -> list[Any]:
+    ) -> Any:
         """Has a section drawn whenever it is opened, or seen while what it shows changes.
 
         Args:
@@ -100,13 +102,14 @@ class Frame:
             options: For `gr.on`.
 
         Returns:
-            The events that draw, for `cancels`.
+            The event that draws, for `cancels`.
         """
         is_stream = inspect.isgeneratorfunction(show)
         nothing = gr.skip() if len(outputs) == 1 else [gr.skip()] * len(outputs)
 
         def draw(looked_at: tuple[Source, Any] | tuple[Source, Any, str] | None, *values: Any) -> Iterator[Any]:
-            if looked_at is None:
+            given, seen = values[: len(inputs)], values[len(inputs) :]
+            if looked_at is None or seen not in ((), (tab.id,)):
                 yield nothing
                 return
             source, _, *path = looked_at
@@ -114,35 +117,41 @@ class Frame:
             if not all(one in opened.adapter.factors for one in path):
                 yield nothing
                 return
-            found = show(opened, *path, *values)
+            found = show(opened, *path, *given)
             yield from found if is_stream else (found,)
 
-        def draw_if_seen(seen: str, *values: Any) -> Iterator[Any]:
-            yield from draw(*values) if seen == tab.id else (nothing,)
-
         draw.__name__ = show.__name__
-        given = [self.view if by_matrix else self.source, *inputs]
+        self.tabs[tab.id] = tab
         if (tab.id, by_matrix) not in self.turns:
             self.turns[tab.id, by_matrix] = gr.State(0)
         events = [self.turns[tab.id, by_matrix].change, *also]
+        # The section that is seen is asked for, too: a page takes each State that is set first for a new one, even
+        # where it is left as it is.
+        given = [self.view if by_matrix else self.source, *inputs, self.section]
         options = {"show_progress": "minimal", **PRIVATE, **options}
-        tab.select(lambda: tab.id, None, self.section, queue=False, show_progress="hidden", **PRIVATE)
-        return [
-            tab.select(self.studio.guard(draw), given, [*outputs], **options),
-            gr.on(events, self.studio.guard(draw_if_seen), [self.section, *given], [*outputs], **options),
-        ]
+        return gr.on(events, self.studio.guard(draw), given, [*outputs], **options)
 
     def follow(self) -> None:
-        """Has the section that is seen, and no other, drawn anew when what is looked at changes; once all are built.
+        """Has the section that is seen, and no other, drawn when it is opened and when what is looked at changes.
 
-        Gradio asks a page's listeners of one event one after another, so those of hidden sections would be waited for.
+        For once all are built. Gradio asks a page's listeners of one event one after another, so those of hidden
+        sections would be waited for. All goes through its queue: of a State that is set past it no page is told.
         """
+        hidden: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
         for looked_at, by_matrix in ((self.source, False), (self.view, True)):
             turns = {section: turn for (section, kind), turn in self.turns.items() if kind == by_matrix}
 
             def take_turns(seen: str, *now: int, names: tuple[str, ...] = tuple(turns)) -> list[Any]:
                 return [turn + 1 if name == seen else gr.skip() for name, turn in zip(names, now, strict=True)]
 
-            # Through the queue: of a State that is set past it no page is told.
             places = [*turns.values()]
-            looked_at.change(take_turns, [self.section, *places], places, show_progress="hidden", **PRIVATE)
+            looked_at.change(take_turns, [self.section, *places], places, **hidden)
+        for name, tab in self.tabs.items():
+
+            def open_section(seen: str, *now: int, name: str = name) -> list[Any]:
+                if seen == name:  # the page was opened at it: it is drawn once what is looked at is known
+                    return [gr.skip()] * (1 + len(now))
+                return [name, *(turn + 1 for turn in now)]
+
+            places = [self.section, *(turn for (section, _), turn in self.turns.items() if section == name)]
+            tab.select(open_section, places, places, **hidden)

@@ -203,8 +203,10 @@ def build(frame: Frame, tab: Any) -> None:
         return event.name, gr.Tabs(selected="matrix")
 
     outputs = [facts, heat, going, cancel]
-    events = frame.draws(tab, show, [quantity], outputs, also=[quantity.change], show_progress="hidden")
-    cancel.click(lambda: ("", gr.Button(visible=False)), None, [going, cancel], cancels=events, queue=False, **PRIVATE)
+    drawing = frame.draws(tab, show, [quantity], outputs, also=[quantity.change], show_progress="hidden")
+    cancel.click(
+        lambda: ("", gr.Button(visible=False)), None, [going, cancel], cancels=[drawing], queue=False, **PRIVATE
+    )
     heat.pointed(
         studio.guard(open_matrix), None, [frame.matrix, frame.sections], show_progress="hidden", queue=False, **PRIVATE
     )

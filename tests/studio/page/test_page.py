@@ -9,9 +9,11 @@ import pytest
 from gradio.helpers import special_args
 
 from core import (
+    Adapter,
     LoRAError,
 )
 from studio import watch
+from studio.opened import Source
 from studio.tabs import learn
 from tests.studio.page.pages import build, events, handler, look, update
 
@@ -67,7 +69,22 @@ def test_of_the_spectrum_s_sections_only_the_one_that_is_seen_is_drawn_anew(page
         told = [event.fn(seen, *[7] * len(event.outputs)) for event in turns]
         assert [values.count(8) for values in told] == numbers
     looked_at = {target for event in turns for target in event.targets}
-    assert not [event.fn for event in events(page, "draw_if_seen") if looked_at & set(event.targets)]
+    told = {event.fn.__name__ for event in page.fns.values() if looked_at & set(event.targets)}
+    assert not told & {"show_bars", "show_weight", "show_course"}, "they are drawn when it is their turn"
+
+
+def test_a_section_is_drawn_by_its_turn_alone_which_comes_when_it_is_opened_or_what_is_looked_at_changes(page, trained):
+    """So a page that is opened at a matrix draws it once, though a section is opened and a matrix chosen."""
+    (matrix,) = (b for b in page.blocks.values() if isinstance(b, gr.Tab) and b.id == "matrix")
+    (opening,) = (event for event in page.fns.values() if (matrix._id, "select") in event.targets)
+    assert opening.fn("overview", 4) == ["matrix", 5]
+    assert opening.fn("matrix", 4) == [gr.skip()] * 2, "the page's address has opened it"
+    (bars,) = events(page, "show_bars")
+    assert (opening.outputs[1]._id, "change") in bars.targets and opening.queue
+    view = (Source(trained.id), None, next(iter(Adapter.load(trained.adapter_folder).factors)))
+    assert list(bars.fn(view, "linear", "overview")) == [[gr.skip()] * 2], "another section is seen"
+    ((drawn, _),) = bars.fn(view, "linear", "matrix")
+    assert "<svg" in drawn
 
 
 def test_learn_is_empty_until_its_address_is_opened(page):
@@ -86,7 +103,9 @@ def test_tables_show_text_and_no_markup(page):
 
 def test_every_handler_that_reads_anything_is_guarded(page):
     names = {event.fn.__name__ for event in page.fns.values() if event.fn and not hasattr(event.fn, "__wrapped__")}
-    assert names == {"take_kind", "show_columns", "take_turns", "<lambda>"}, "these only show, hide and count"
+    assert names == {"take_kind", "show_columns", "take_turns", "open_section", "<lambda>"}, (
+        "these only show, hide and count"
+    )
 
 
 def fail(error: Exception):
