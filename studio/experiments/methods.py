@@ -219,7 +219,7 @@ def _tell_text(asked: Asked, records: Mapping[str, Record]) -> Result:
     return Result([Table("Facts to text", head, rows)], findings, draw if losses else None)
 
 
-_FEW = {"tiny": (8, 24), "small": (50, 200, 0), "paper": (100, 1_000, 10_000, 0)}
+_FEW = {"tiny": (8, 24), "small": (50, 0), "paper": (100, 1_000, 10_000, 0)}
 _OF_FEW = (_LORA, "Full fine-tuning", "PreLayer")
 
 
