@@ -89,7 +89,7 @@ CSS = f"""
 .secondary-wrap input {{ padding-right: 1.6rem !important; text-overflow: ellipsis; }}
 .studio-head {{ display: flex; flex-wrap: wrap; align-items: baseline; gap: .35rem 1rem; }}
 .studio-head h1 {{ font-size: 1.35rem; font-weight: 700; margin: 0; letter-spacing: -.01em; }}
-.studio-head .sub {{ color: var(--body-text-color-subdued); font-size: .9rem; }}
+.studio-head .sub {{ order: 1; flex-basis: 100%; color: var(--body-text-color-subdued); font-size: .9rem; }}
 .sub-line {{ color: var(--body-text-color-subdued); font-size: .85rem; font-variant-numeric: tabular-nums; }}
 #head-line {{ display: flex; flex-wrap: wrap; gap: .1rem 1.25rem; margin-top: .15rem; }}
 #head-line > div {{ display: flex; align-items: center; gap: .5rem; min-width: 0; overflow-wrap: anywhere; }}

@@ -37,7 +37,6 @@ LINKS = '<a class="learn" href="#learn">Learn</a><a class="back" href="#">To the
 CSS = """
 .studio-head nav { display: flex; align-items: baseline; gap: 1rem; margin-left: auto; }
 .studio-head nav a { color: var(--adapted-text) !important; font-weight: 600; }
-@media (max-width: 40rem) { .studio-head .sub { order: 1; } }
 body:not(.learning) :is(#lessons, .studio-head .back), .learning .studio-head .learn { display: none; }
 .learning #tabs { visibility: hidden; height: 0; overflow: hidden; }
 .learning .column:has(#run):not(:has(#head)) { display: none; }

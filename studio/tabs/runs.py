@@ -207,13 +207,13 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
     )
     ids = gr.State([])
     chosen = gr.HTML(elem_id="run-details")
-    with gr.Row():
-        to_train = gr.Button("Open in Train")
-        to_spectrum = gr.Button("Open in Spectrum")
-        to_chat = gr.Button("Open in Chat")
-        to_home = gr.Button("Take home")
-        download = gr.DownloadButton("Download adapter (zip)", elem_id="download")
-        delete = gr.Button("Delete …", variant="stop", elem_id="delete")
+    with gr.Row(elem_classes="tight"):
+        to_train = gr.Button("Open in Train", size="md")
+        to_spectrum = gr.Button("Open in Spectrum", size="md")
+        to_chat = gr.Button("Open in Chat", size="md")
+        to_home = gr.Button("Take home", size="md")
+        download = gr.DownloadButton("Download adapter (zip)", size="md", elem_id="download")
+        delete = gr.Button("Delete …", variant="stop", size="md", elem_id="delete")
     with gr.Accordion("Compare with another run", open=False, elem_id="beside-part"):
         other = gr.Dropdown([], label="Run beside the chosen one", elem_id="beside-run")
         compared = gr.HTML(elem_id="beside")
