@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _LOW, _HIGH = 8, 64
 _KINDS = ("q_proj", "v_proj")
+_FROM_CHANCE = 0.02
+"""What two seeds share is told apart from chance from here on."""
 
 
 def _trained(asked: Asked, workspace: Workspace, r: int, seed: int) -> Piece:
@@ -111,13 +113,17 @@ def _tell_subspaces(asked: Asked, records: Mapping[str, Record]) -> Result:
     rows.append(["φ(1, 1) of ΔW's right directions, median over layers", *medians, "", ""])
     one = phi(q, "ranks", "trained", 1, 1)
     of_q, of_v = (phi(of, "seeds", "trained", many, many) for of in (q, v))
+    by_chance = phi(q, "seeds", "chance", many, many)
+    if max(of_q, of_v) - by_chance < _FROM_CHANCE:
+        told = f"no more than chance, {by_chance:.3f}; the paper finds more in W_q than in W_v."
+    else:
+        more = ": W_q's more" if of_q > of_v else ""
+        told = f"where chance is {by_chance:.3f}{more}"
+        told += as_paper(of_q > of_v, "the paper finds more in W_q than in W_v")
     findings = [
         f"W_q's top direction of A at r = {_LOW} and the one at r = {_HIGH} have φ(1, 1) = {one:.2f}"
         + as_paper(one > 0.5, "the paper has above a half after its full training"),
-        f"Two seeds share {of_q:.3f} of W_q's subspace and {of_v:.3f} of W_v's, where chance is "
-        f"{phi(q, 'seeds', 'chance', many, many):.3f}"
-        + (": W_q's more" if of_q > of_v else "")
-        + as_paper(of_q > of_v, "the paper finds more in W_q than in W_v"),
+        f"Two seeds share {of_q:.3f} of W_q's subspace and {of_v:.3f} of W_v's, {told}",
     ]
 
     def draw() -> "Plot":

@@ -67,7 +67,7 @@ def main() -> None:
             page.set_default_timeout(120_000)
             if training:
                 page.goto(f"{server.url}?tab=train")
-                page.wait_for_function("document.querySelector('#status')?.innerText.match(/[1-9][0-9]* of/)")
+                page.wait_for_function("document.querySelector('#head-line')?.innerText.match(/step [1-9]/)")
             _tell(page, server.url, asked.loads)
         finally:
             if training:
