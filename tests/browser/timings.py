@@ -70,17 +70,25 @@ def main() -> None:
                 page.wait_for_function("document.querySelector('#head-line')?.innerText.match(/step [1-9]/)")
             _tell(page, server.url, asked.loads)
         finally:
-            if training:
-                training.terminate()
-                training.wait()
             browser.close()
             server.stop()
+            if training:
+                training.terminate()
+                subprocess.run(
+                    [sys.executable, "-m", "studio", "stop", "--now", *_runs(workspace), "--workspace", folder]
+                )
 
 
 def _spec(workspace: Path) -> Path:
     file = workspace / "spec.json"
-    file.write_text(json.dumps({"name": "Beside", "model": "starter", "train": {"steps": 2000}}))
+    file.write_text(
+        json.dumps({"name": "Beside", "data": {"prompt": "mr", "completion": "text"}, "train": {"steps": 2000}})
+    )
     return file
+
+
+def _runs(workspace: Path) -> list[str]:
+    return [folder.name for folder in (workspace / "runs").iterdir()]
 
 
 def _tell(page: Page, url: str, loads: int) -> None:
