@@ -9,7 +9,7 @@ from core import LoRAConfig, LoRAError, MethodConfig, TrainConfig, quoted
 from studio import tasks
 from studio.data import DataSpec, guess_spec, read_table
 from studio.experiments.base import Asked, Experiment, Piece, Record, Result, Table, as_paper, by_seed, spread
-from studio.experiments.runs import SCALES, held_out, of_text
+from studio.experiments.runs import SCALES, Scale, held_out, of_text
 from studio.generating import EvaluationSpec
 from studio.specs import RunSpec
 from studio.workspace import Workspace
@@ -170,9 +170,9 @@ def _tell_labels(asked: Asked, records: Mapping[str, Record]) -> Result:
     )
 
 
-def _of_text(asked: Asked, workspace: Workspace) -> list[Piece]:
-    scale = SCALES[asked.size]
-    evaluation = EvaluationSpec(
+def _measured(scale: Scale) -> EvaluationSpec:
+    """Returns how answers are measured, in both experiments on text: they share the runs with all rows."""
+    return EvaluationSpec(
         evaluation_task="data_to_text",
         evaluation_prompts=scale.num_prompts,
         beams=scale.beams,
@@ -180,6 +180,10 @@ def _of_text(asked: Asked, workspace: Workspace) -> list[Piece]:
         length_penalty=0.9 if scale.beams > 1 else 1.0,
         longest_answer=64,
     )
+
+
+def _of_text(asked: Asked, workspace: Workspace) -> list[Piece]:
+    evaluation = _measured(SCALES[asked.size])
     return [
         Piece(method, held_out, of_text(asked, workspace, method, method=config, evaluation=evaluation, rate=rate))
         for method, (config, rate) in _OF_TEXT.items()
@@ -224,14 +228,13 @@ _OF_FEW = (_LORA, "Full fine-tuning", "PreLayer")
 
 
 def _of_few(asked: Asked, workspace: Workspace) -> list[Piece]:
-    made = []
+    made, evaluation = [], _measured(SCALES[asked.size])
     for method in _OF_FEW:
         config, rate = _OF_TEXT[method]
         for number in _FEW[asked.size]:
             name = f"{method}, {_rows(number)}"
-            made.append(
-                Piece(name, held_out, of_text(asked, workspace, name, method=config, rate=rate, max_rows=number))
-            )
+            spec = of_text(asked, workspace, name, method=config, evaluation=evaluation, rate=rate, max_rows=number)
+            made.append(Piece(name, held_out, spec))
     return made
 
 
