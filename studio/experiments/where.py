@@ -25,7 +25,8 @@ _PAPER_6 = {
     "q, v": ((73.4, 73.3, 73.7, 73.8, 73.5), (91.3, 91.4, 91.3, 91.6, 91.4)),
     "q, k, v, o": ((74.1, 73.7, 74.0, 74.0, 73.9), (91.2, 91.7, 91.7, 91.5, 91.4)),
 }
-_RANKS = (1, 2, 4, 8, 64)
+_PAPER_RANKS = (1, 2, 4, 8, 64)
+_RANKS: Mapping[str, tuple[int, ...]] = {"tiny": (1, 8, 64), "small": (1, 8, 64), "paper": _PAPER_RANKS}
 
 
 def _shapes(asked: Asked, workspace: Workspace) -> dict[str, int]:
@@ -105,7 +106,7 @@ def _ranks(asked: Asked, workspace: Workspace) -> list[Piece]:
     made = []
     for names in _PAPER_6:
         targets = tuple(_LETTERS[letter] for letter in names.split(", "))
-        for r in _RANKS:
+        for r in _RANKS[asked.size]:
             lora = LoRAConfig(r=r, alpha=8 * r, target_modules=targets)
             spec = of_text(asked, workspace, f"W_{names} r {r}", lora=lora)
             made.append(Piece(f"{names}, r {r}", held_out, spec))
@@ -113,9 +114,10 @@ def _ranks(asked: Asked, workspace: Workspace) -> list[Piece]:
 
 
 def _tell_ranks(asked: Asked, records: Mapping[str, Record]) -> Result:
-    rows, lines, findings = [], dict[str, list[float]](), []
-    for names, (wikisql, mnli) in _PAPER_6.items():
-        found = [records.get(f"{names}, r {r}") for r in _RANKS]
+    rows, lines, findings, ranks = [], dict[str, list[float]](), [], _RANKS[asked.size]
+    for names, paper in _PAPER_6.items():
+        wikisql, mnli = ([dict(zip(_PAPER_RANKS, values, strict=True))[r] for r in ranks] for values in paper)
+        found = [records.get(f"{names}, r {r}") for r in ranks]
         losses = [record["loss"] for record in found if record]
         cells = [f"{record['loss']:.4f}" if record else "" for record in found]
         rows.append([f"W_{names}", "held-out loss", *cells])
@@ -131,9 +133,9 @@ def _tell_ranks(asked: Asked, records: Mapping[str, Record]) -> Result:
     def draw():
         from studio.figures import lines_figure
 
-        return lines_figure(_RANKS, lines, title="Which rank", x_label="r", y_label="held-out loss, nats a token")
+        return lines_figure(ranks, lines, title="Which rank", x_label="r", y_label="held-out loss, nats a token")
 
-    head = ["Matrices", "", *(f"r = {r}" for r in _RANKS)]
+    head = ["Matrices", "", *(f"r = {r}" for r in ranks)]
     table = Table("The same matrices with more and more directions", head, rows)
     return Result([table], findings, draw if lines else None)
 

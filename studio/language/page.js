@@ -7,7 +7,8 @@
 (() => {
   const CHOICE = 'language', VALUE = '=';
   // What is no word of the interface: code, formulas, rows of data, answers, a notebook that is read.
-  const BESIDE = 'script, style, textarea, pre, code, .katex, [translate=no], #tokens, #preview td, [id^=column-] [role=option], #lesson:has(pre)';
+  const BESIDE = 'script, style, textarea, pre, code, .katex, [translate=no], #tokens, #preview, '
+    + '[id^=column-] [role=option], #lesson:has(pre)';
   const WRITTEN = '.html-container, .prose, .toast-body'; // where Gradio leaves the elements of a sentence alone
   const ATTRIBUTES = ['placeholder', 'title', 'aria-label', 'alt'];
   const [OPEN, SHUT] = ['\ue000', '\ue001']; // around the number of an element in a sentence

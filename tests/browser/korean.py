@@ -3,7 +3,8 @@
 import re
 
 _SEEN = """() => {
-    const beside = 'script, style, textarea, pre, code, .katex, [translate=no], #tokens, #preview td, [role=option]';
+    const beside = 'script, style, textarea, pre, code, .katex, [translate=no], #tokens, #preview, '
+        + '[role=option]';
     const found = new Set();
     const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_ELEMENT | NodeFilter.SHOW_TEXT, (node) =>
         node.nodeType === Node.ELEMENT_NODE && node.matches(beside)

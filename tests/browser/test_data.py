@@ -26,6 +26,14 @@ def page(browser, server):
     context.close()
 
 
+STEADY = """(place) => {
+    const before = window.steady, now = window.steady = document.querySelector(place);
+    now.focus();
+    return now === before;
+}"""
+"""Whether an element is still the one that was focused when this was asked before: it is not drawn anew any more."""
+
+
 @pytest.fixture
 def upload(page, tmp_path):
     """upload(name, text): gives the page a file of one's own."""
@@ -62,7 +70,7 @@ def line(page):
 def test_the_cut_off_moves_with_the_keyboard_and_the_numbers_follow(page):
     wait_for(page, "#cut-facts", "0 of ")
     thumb, before = page.locator("#cut-off input"), line(page)
-    thumb.focus()
+    page.wait_for_function(STEADY, arg="#cut-off input", polling=500, timeout=WAIT)
     for _ in range(30):
         page.keyboard.press("ArrowLeft")
     value = thumb.evaluate("e => e.value")
@@ -99,6 +107,7 @@ def test_a_check_lists_its_rows_and_start_is_refused_with_the_reason(page, uploa
 def test_a_bad_row_is_mended_on_the_page_and_the_mend_is_undone(page, upload):
     rows = [{"prompt": f"Say {i}.", "completion": f"It is {i}."} for i in range(30)]
     upload("mend.jsonl", '{"prompt": "cut\n' + "".join(json.dumps(row) + "\n" for row in rows))
+    wait_for(page, "#verdict", "1 row of mend.jsonl cannot be used")  # not of a file before it, with the same check
     page.locator("#checks").get_by_text("Rows that cannot be read · 1").click()
     cell = page.locator("#found .body-cell:visible", has_text="is not valid JSON")
     cell.click()
@@ -124,6 +133,7 @@ def test_a_bad_row_is_mended_on_the_page_and_the_mend_is_undone(page, upload):
 def test_all_mends_are_undone_only_when_that_is_confirmed(page, upload):
     rows = [{"prompt": f"Say {i}.", "completion": f"It is {i}."} for i in range(30)]
     upload("two.jsonl", '{"prompt": "cut\n{"prompt": "too\n' + "".join(json.dumps(row) + "\n" for row in rows))
+    wait_for(page, "#verdict", "2 rows of two.jsonl cannot be used")
     for left in (2, 1):
         page.locator("#checks").get_by_text(f"Rows that cannot be read · {left}").click()
         page.locator("#found .body-cell:visible", has_text="is not valid JSON").first.click()
