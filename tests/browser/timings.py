@@ -23,15 +23,16 @@ _USABLE = """() => document.querySelectorAll('#tabs [role=tab]').length > 7
     && document.querySelector('#head-line')?.innerText.includes('GB free')"""
 
 _SWITCH = """(name) => new Promise((done) => {
-    const tab = [...document.querySelectorAll('#tabs > .tab-wrapper [role=tab]')].find((e) => e.innerText === name);
-    const start = performance.now();
+    const tabs = [...document.querySelectorAll('#tabs > .tab-wrapper [role=tab]')];
+    const shown = () => [...document.querySelectorAll('#tabs > [role=tabpanel], #tabs > div > [role=tabpanel]')]
+        .find((panel) => panel.offsetParent && panel.innerText.trim());
+    const before = shown(), start = performance.now();
     const seen = () => {
-        const panel = document.getElementById(tab.getAttribute('aria-controls'));
-        if (panel?.offsetParent && panel.innerText.trim()) {
+        if ((shown() ?? before) !== before) {
             requestAnimationFrame(() => setTimeout(() => done(performance.now() - start)));
         } else requestAnimationFrame(seen);
     };
-    tab.click();
+    tabs.find((tab) => tab.innerText === name).click();
     seen();
 })"""
 
@@ -40,6 +41,9 @@ _OBSERVE = """() => {
     new PerformanceObserver((list) => {
         for (const entry of list.getEntries()) if (entry.name === 'click') window.clicks.push(entry.duration);
     }).observe({type: 'event', durationThreshold: 16, buffered: true});
+}"""
+
+_WATCH = """() => {
     window.drawn = [];
     new MutationObserver(() => window.drawn.push(performance.now()))
         .observe(document.querySelector('#status'), {childList: true, subtree: true, characterData: true});
@@ -109,7 +113,7 @@ def _tell(page: Page, url: str, loads: int) -> None:
     _click_around(page)
     rows.append(("Click acknowledged", page.evaluate("window.clicks") or [16.0], "150"))
     page.evaluate(_SWITCH, "Train")
-    page.evaluate("window.drawn = []")
+    page.evaluate(_WATCH)
     page.wait_for_timeout(20_000)
     drawn = page.evaluate("window.drawn")
     between = [b - a for a, b in zip(drawn, drawn[1:], strict=False) if b - a > 100]
