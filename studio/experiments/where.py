@@ -116,7 +116,7 @@ def _ranks(asked: Asked, workspace: Workspace) -> list[Piece]:
 def _tell_ranks(asked: Asked, records: Mapping[str, Record]) -> Result:
     rows, lines, findings, ranks = [], dict[str, list[float]](), [], _RANKS[asked.size]
     for names, paper in _PAPER_6.items():
-        wikisql, mnli = ([dict(zip(_PAPER_RANKS, values, strict=True))[r] for r in ranks] for values in paper)
+        wikisql, mnli = ([values[_PAPER_RANKS.index(r)] for r in ranks] for values in paper)
         found = [records.get(f"{names}, r {r}") for r in ranks]
         losses = [record["loss"] for record in found if record]
         cells = [f"{record['loss']:.4f}" if record else "" for record in found]
