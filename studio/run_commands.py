@@ -152,7 +152,7 @@ def _train(args: argparse.Namespace, workspace: Workspace) -> int:
     from studio import jobs
     from studio.runs import Runs
 
-    return jobs.follow(jobs.start(Runs(workspace), spec_of(args)), as_json=args.json)
+    return jobs.follow(jobs.start(Runs(workspace), _with_columns(spec_of(args), workspace)), as_json=args.json)
 
 
 def spec_of(args: argparse.Namespace) -> "RunSpec":
@@ -164,6 +164,22 @@ def spec_of(args: argparse.Namespace) -> "RunSpec":
         given = [(s, getattr(args, s.name)) for s in settings(config)]
         spec[part] = spec.get(part, {}) | {s.name: s.parse(text) for s, text in given if text is not None}
     return RunSpec.from_dict(spec)
+
+
+def _with_columns(spec: "RunSpec", workspace: Workspace) -> "RunSpec":
+    """Returns a spec whose data names no column with those that its rows seem to have, as the page takes them.
+
+    Raises:
+        LoRAError: The rows cannot be read.
+    """
+    from studio.data import DataSpec, guess_spec, read_table
+
+    rows = spec.data
+    if rows.prompt or rows.completion or rows.messages or rows.text:
+        return spec
+    guessed = guess_spec(read_table(rows.source, workspace, rows.eval_source), rows.source, task=rows.task).to_dict()
+    given = {name: value for name, value in rows.to_dict().items() if value != DataSpec().to_dict()[name]}
+    return dataclasses.replace(spec, data=DataSpec.from_dict(guessed | given))
 
 
 def _print_runs(listed: "list[Run]", *, as_json: bool) -> int:
@@ -249,7 +265,7 @@ def _queue(args: argparse.Namespace, workspace: Workspace) -> int:
 
     runs = Runs(workspace)
     if args.spec is not None:
-        specs = sweeps.grid(spec_of(args), sweeps.parse(args.sweep))
+        specs = sweeps.grid(_with_columns(spec_of(args), workspace), sweeps.parse(args.sweep))
         return _print_runs([jobs.start(runs, spec) for spec in specs], as_json=args.json)
     if args.sweep:
         raise LoRAError("`--sweep` must come with the SPEC whose settings it varies.")
@@ -275,7 +291,7 @@ def _plan(args: argparse.Namespace, workspace: Workspace) -> int:
     offered = []
     if made.fits is False:
         offered = [r for r in planner.fit(spec, made.free_bytes, num_devices=args.devices) if r is not None]
-    probe = _probe(spec, workspace) if args.probe else None
+    probe = _probe(_with_columns(spec, workspace), workspace) if args.probe else None
     if args.json:
         proposals = [{"label": r.label, "bytes": r.predicted_bytes, "cost": r.cost} for r in offered]
         found = {"fits": made.fits, "proposals": proposals, "probe": probe and dataclasses.asdict(probe)}

@@ -16,6 +16,7 @@ import pytest
 from core import LoRAConfig, LoRAError, TrainConfig, settings
 from studio import __main__ as cli
 from studio import jobs
+from studio.data import DataSpec
 from studio.runs import Runs
 from studio.specs import RunSpec
 
@@ -330,6 +331,29 @@ def test_a_spec_that_cannot_be_used_ends_with_one_sentence_and_makes_no_run(cont
     assert list((tmp_path / "home" / "runs").iterdir()) == []
 
 
+NAMED = DataSpec(prompt="mr", completion="text")
+
+
+@pytest.mark.parametrize(
+    ("given", "source", "columns"),
+    [
+        ({}, "starter:restaurants", ("mr", "text")),
+        ({"data": {"source": "starter:tickets", "max_rows": 9}}, "starter:tickets", ("request", "ticket")),
+    ],
+)
+def test_rows_whose_columns_nobody_names_are_read_as_the_page_reads_them(
+    given, source, columns, command, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(jobs, "start", lambda runs, spec: asked.append(spec))
+    monkeypatch.setattr(jobs, "follow", lambda run, as_json: 0)
+    (tmp_path / "spec.json").write_text(json.dumps(given))
+    assert command("train", tmp_path / "spec.json")[0] == 0
+    (rows,) = (spec.data for spec in asked)
+    assert (rows.source, rows.prompt, rows.completion) == (source, *columns) and rows.instruction
+    assert rows.max_rows == given.get("data", {}).get("max_rows", 0)
+
+
 @pytest.mark.parametrize("code", [0, 1])
 def test_train_starts_the_spec_and_ends_as_the_run_does(code, command, tmp_path, monkeypatch):
     asked = {}
@@ -344,7 +368,7 @@ def test_train_starts_the_spec_and_ends_as_the_run_does(code, command, tmp_path,
 
     monkeypatch.setattr(jobs, "start", start)
     monkeypatch.setattr(jobs, "follow", follow)
-    spec = RunSpec(name="From a file")
+    spec = RunSpec("From a file", data=NAMED)
     (tmp_path / "spec.json").write_text(json.dumps(spec.to_dict()))
     assert command("train", tmp_path / "spec.json", "--json")[0] == code
     assert asked == {"root": tmp_path / "home", "spec": spec, "run": "the run", "as_json": True}
@@ -374,7 +398,7 @@ def test_settings_on_the_command_line_go_before_those_of_the_spec(words, changes
     asked = []
     monkeypatch.setattr(jobs, "start", lambda runs, spec: asked.append(spec))
     monkeypatch.setattr(jobs, "follow", lambda run, as_json: 0)
-    spec = RunSpec(name="From a file", lora=LoRAConfig(r=3), train=TrainConfig(seed=5)).to_dict()
+    spec = RunSpec("From a file", data=NAMED, lora=LoRAConfig(r=3), train=TrainConfig(seed=5)).to_dict()
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     assert command("train", tmp_path / "spec.json", *words)[0] == 0
     for part, values in changes.items():
