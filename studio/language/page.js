@@ -15,7 +15,13 @@
   const HOLES = {'{}': '([^]+?)', '{#}': `([-+−±~<>≤≥ ]*[0-9][0-9.,]*(?:e[-+]?[0-9]+)?|${OPEN}[0-9]+${SHUT})`};
   const MOST_KNOWN = 5000;
 
-  const chosen = localStorage.getItem(CHOICE);
+  const kept = (language) => {
+    try {
+      if (language) localStorage.setItem(CHOICE, language);
+      return localStorage.getItem(CHOICE);
+    } catch { return null; } // a browser that keeps nothing for pages takes its own language each time
+  };
+  const chosen = kept();
   if (chosen) Object.defineProperty(navigator, 'language', {get: () => chosen}); // where Gradio looks for it
 
   let exact = new Map(), patterns = [], known = new Map();
@@ -190,7 +196,7 @@
   document.addEventListener('click', async (event) => {
     const language = event.target.closest?.('[data-language]')?.dataset.language;
     if (!language) return;
-    localStorage.setItem(CHOICE, language);
+    kept(language);
     const core = performance.getEntriesByType('resource').find(({name}) => /[/]core-[^/]*[.]js$/.test(name));
     (await import(core.name)).changeLocale(language); // Gradio's own words, and `lang`, by which ours follow
   });
