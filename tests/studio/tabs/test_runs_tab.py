@@ -102,7 +102,8 @@ def test_the_details_hold_all_settings_that_matter_as_text(write_run):
 
 
 def test_the_command_shown_makes_the_same_run(write_run, monkeypatch):
-    run = write_run(spec=RunSpec("Two words", lora=LoRAConfig(r=3), train=TrainConfig(seed=5)))
+    rows = DataSpec(prompt="mr", completion="text")  # a run names its columns: where none is named, the command guesses
+    run = write_run(spec=RunSpec("Two words", data=rows, lora=LoRAConfig(r=3), train=TrainConfig(seed=5)))
     words = shlex.split(html.unescape(re.search("<code>(.*)</code>", runs_tab.details(run))[1]))
     asked = []
     monkeypatch.setattr(jobs, "start", lambda runs, spec: asked.append((runs.workspace.root, spec)))
