@@ -6,6 +6,7 @@ import logging
 import shutil
 import threading
 import webbrowser
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
@@ -15,7 +16,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from core import LoRAError, MethodConfig, TrainConfig
-from studio import doors, ends, header, jobs, language, links, theme, watch
+from studio import doors, ends, header, jobs, language, links, rewriting, theme, watch
 from studio.data import DataSpec
 from studio.generating import EvaluationSpec
 from studio.remedies import remedies
@@ -223,8 +224,9 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
 
     Args:
         studio: What is served.
-        asked: A table with `run`, the id of the run that the page shows; `train`, whether the tab is open; and, after
-            the first time, `going`, the ids that it was told of then.
+        asked: A table with `page`, which page asks; `hidden`, whether it is in the background; `run`, the id of the run
+            that it shows; `train`, whether the tab is open; `going`, the ids that it was told of the last time; and
+            `marks`, id -> mark of the parts that it shows.
     """
     listed = studio.runs.list()
     rows = studio.shown.each(listed, runs.labelled_row)
@@ -238,13 +240,15 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
         parts |= train.view(run)
     turn = [[row[0] for row in rows], [run.id for run in listed], run.stop_asked if run else ""]
     is_cpu_busy = going is not None and going.log.started is not None and going.log.started.device == "cpu"
-    seconds = watch.LOOK_SECONDS_ON_CPU if is_cpu_busy else watch.LOOK_SECONDS
-    known, now = asked.get("going", []), dict(zip(listed, statuses, strict=True))
+    seconds = watch.LOOK_SECONDS if going is not None and asked["train"] else watch.LOOK_SECONDS_ELSEWHERE
+    num_pages = studio.pages.count(str(asked["page"]), hidden=bool(asked["hidden"]))
+    marks = {part: format(zlib.crc32(drawn.encode()), "08x") for part, drawn in parts.items()}
+    known, now = asked["going"], dict(zip(listed, statuses, strict=True))
     over = [ends.told(run, status) for run, status in now.items() if status not in ends.GOING and run.id in known]
     return {
-        "parts": parts,
+        "parts": {part: (parts[part], mark) for part, mark in marks.items() if asked["marks"].get(part) != mark},
         "turn": json.dumps(turn),
-        "every": 1000 * seconds,
+        "every": 1000 * seconds * max(1, num_pages if is_cpu_busy else 1),
         "going": [run.id for run, status in now.items() if status in ends.GOING],
         "ended": [end for end in over if end],
         "share": header.share(going) if going else None,
@@ -304,7 +308,13 @@ def launch(
         app_kwargs={
             "middleware": [
                 Middleware(doors.Doors, workspace=workspace, host=host, account=account),
-                Middleware(watch.BeforeAll, watch.CALM, language.SCRIPT),
+                Middleware(
+                    rewriting.Rewritten,
+                    changes={
+                        "/": rewriting.scripts_first(watch.CALM, language.SCRIPT),
+                        "/assets/core-.+[.]js": rewriting.without_searches,
+                    },
+                ),
             ],
         },
         max_file_size=doors.MAX_UPLOAD_BYTES,

@@ -48,6 +48,7 @@ from studio.planner import Planner
 from studio.runs import Run, Runs
 from studio.specs import RunSpec
 from studio.tables import Table, mends_of, read_table, split_source
+from studio.watch import Pages
 from studio.words import Vocabulary, vocabulary
 from studio.workspace import Workspace
 
@@ -67,12 +68,14 @@ class Studio:
         runs: The runs in it.
         open_folders: Where pages may open files: the workspace, and what the operator allows besides.
         shown: What lists show of them.
+        pages: The pages that are looked at.
     """
 
     def __init__(self, workspace: Workspace, allowed: Iterable[Path] = ()) -> None:
         self.workspace = workspace
         self.open_folders = (workspace.root, *(folder.resolve() for folder in allowed))
         self.runs = Runs(workspace)
+        self.pages = Pages()
         self.shown = Shown(workspace.cache / "history.json")
         self.log_file = workspace.root / "studio.log"
         self._locks: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)  # a slow kind holds up no other

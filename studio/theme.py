@@ -82,6 +82,11 @@ CSS = f"""
 .info-text a {{ color: inherit !important; text-underline-offset: 2px; }}
 .info-text a:hover {{ color: var(--body-text-color) !important; }}
 [id^=setting-] {{ min-width: min(220px, 100%) !important; }}
+[id^=setting-]:not(.hidden), [id^=setting-] > .container {{ display: flex; flex-direction: column; }}
+[id^=setting-] > .container {{ flex: 1; }}
+[id^=setting-] > .container > :last-child {{ margin-top: auto; }}
+.dark input[type=range] {{ --neutral-200: #35425c; }}
+.form:has(> #run) {{ flex-grow: 0 !important; }}
 .head > label:has(.info-text) {{ flex: 1 1 9rem !important; }}
 .gradio-container > main {{ max-width: 1360px; margin: 0 auto !important; }}
 :where(#tabs) .prose h2 {{ font-size: var(--text-lg); }} :where(#tabs) .prose h3 {{ font-size: 1.1em; }}
@@ -98,7 +103,7 @@ CSS = f"""
 .facts div {{ min-width: 0; }}
 .facts dt {{ color: var(--body-text-color-subdued); font-size: .8rem; }}
 .facts dd {{ margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }}
-.scroll-x + .said {{ margin-top: .75rem; }}
+:is(.scroll-x, .facts) + .said {{ margin-top: .75rem; }}
 .said {{ border-left: 3px solid var(--border-color-primary); padding: .15rem .75rem; color: var(--body-text-color); }}
 .said.warn {{ border-color: var(--adapted); }}
 .said.error {{ border-color: #c62828; }}
@@ -161,7 +166,9 @@ CSS = f"""
 .live .none {{ top: 45%; left: 1rem; }}
 #actions, #remedies {{ justify-content: flex-start; align-items: flex-end; gap: .5rem; }}
 #actions > *, #remedies > * {{ flex: 0 1 auto; }}
-#actions > .form {{ flex: 0 0 9rem !important; min-width: 0 !important; background: none; border: 0; }}
+:is(#actions, #remedies) {{ margin-left: .75rem; }}
+#actions > .form {{ flex: 0 0 7rem !important; min-width: 0 !important; background: none; border: 0; }}
+#actions > .form > .block {{ background: none; padding: 0; }}
 :is(#actions, #remedies):not(:has(button)) {{ display: none; }}
 #worker-log {{ margin: 0; max-height: 16rem; overflow: auto; font-size: .8rem; white-space: pre-wrap; }}
 .figure svg {{ width: 100%; height: auto; display: block; color: var(--body-text-color); }}

@@ -5,16 +5,22 @@ round of states for each of its components. A page that nobody sees asks seldom,
 it can tell of its end.
 """
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+import math
+import threading
+import time
 
-LOOK_SECONDS, LOOK_SECONDS_ON_CPU = 2, 4
-"""Time between two looks; longer while a run trains on the CPU, which the page's drawing would take from it."""
+LOOK_SECONDS, LOOK_SECONDS_ELSEWHERE = 1, 2
+"""Time between two looks at the charts of a run that goes on, and at all else. While a run trains on the CPU, which the
+page's drawing takes from it, it is the time between two looks of all pages: five look every five seconds each."""
 
 QUEUE_SECONDS = 0.02
 """How often Gradio is to look for a waiting event; at its own 0.001 s an idle server takes a tenth of a core."""
 
 LOOK_SECONDS_UNSEEN = 15
 """The same, of a page in the background."""
+
+_GONE_SECONDS = 20
+"""A page that has not looked for so long is shut, or in the background."""
 
 TITLE = "LoRA Studio"
 """The page's; in the background it also says how far a run is, and whether one has ended."""
@@ -24,6 +30,7 @@ JS = (
 const title = '{TITLE}', unseen = {1000 * LOOK_SECONDS_UNSEEN};
 """
     + """
+const page = Math.random().toString(36);
 let every = 2000, last = 0, open = null, run = null, turn = null, going = [], share = null, mark = '';
 const alter = (text, now) => {  // only where it differs, as what is selected beside that stays so
     const old = text.data, both = Math.min(old.length, now.length);
@@ -45,46 +52,51 @@ const match = (old, now) => {
     here.slice(there.length).forEach((node) => node.remove());
     there.forEach((node, place) => place < here.length ? match(here[place], node) : old.append(node));
 };
-const put = (id, html) => {
+const put = (id, html, mark) => {
     const box = document.getElementById(id);
-    if (!box || box.shown === html) return;
+    if (!box) return;
     const now = box.cloneNode();
     now.innerHTML = html;
     match(box, now);
-    box.shown = html;
+    box.mark = mark;
 };
+const marks = () => Object.fromEntries(
+    ['head-line', 'status', 'charts', 'worker-log'].map((id) => [id, document.getElementById(id)?.mark ?? '']));
 const look = async () => {
     const started = last = Date.now();
     every = 60_000;  // while it waits for an answer
     try {
-        const now = await server.look({run: run, train: open, going: going});
+        const now = await server.look(
+            {page: page, hidden: document.hidden, run: run, train: open, going: going, marks: marks()});
         if (started !== last) return;  // it was asked for something else meanwhile
         ({every, going, share} = now);
-        for (const [id, html] of Object.entries(now.parts)) put(id, html);
+        for (const [id, [html, mark]] of Object.entries(now.parts)) put(id, html, mark);
         now.ended.forEach(tell);
         if (turn !== now.turn) { turn = now.turn; trigger('turned'); }
     } catch (error) {
         every = 2000;
-        put('head-line', 'No answer from LoRA Studio: is it still running? Asking again …');
+        put('head-line', 'No answer from LoRA Studio: is it still running? Asking again …', '');
     }
 };
-setInterval(() => {
+const tick = () => {
     const hidden = document.hidden;
     if (!hidden) mark = '';
     const words = hidden ? [mark, share === null ? '' : `(${share} %)`, title].filter(Boolean).join(' ') : title;
     if (document.title !== words) document.title = words;
     if (hidden && (!going.length || Date.now() - last < Math.max(every, unseen))) return;
     const seen = !hidden && document.getElementById('status')?.offsetParent != null;
-    if (Date.now() - last < every && seen === open && props.run === run) return;
+    if (Date.now() - last < every - 100 && seen === open && props.run === run) return;
     open = seen;
     run = props.run;
     look();
-}, 400);
+};
+setInterval(tick, 200);
+tick();
 """
 )
-"""Runs in the page's head, before `studio.ends`. `server.look` gives `parts`, id -> HTML, `every`, the milliseconds
-to the next look, `going`, the runs that go on, `share`, per cent of the first, and `ended`, what `tell` says; when
-`turn` is a new one, the event `turned` is raised."""
+"""Runs in the page's head, before `studio.ends`. `server.look` gives `parts`, id -> HTML and its mark, of those that
+the page shows with another mark, `every`, the milliseconds to the next look, `going`, the runs that go on, `share`, per
+cent of the first, and `ended`, what `tell` says; when `turn` is a new one, the event `turned` is raised."""
 
 CALM = """
 // Gradio's timers count tenths of a second in every frame, and one of them never ends: once a second will do.
@@ -95,31 +107,17 @@ window.requestAnimationFrame = (then) =>
 """Runs before all other scripts of the page."""
 
 
-class BeforeAll:
-    """Puts scripts before all others of the page; Gradio's own `head` comes too late for them."""
+class Pages:
+    """The pages that somebody may be looking at, each by the time at which it last asked for news."""
 
-    def __init__(self, app: ASGIApp, *scripts: str) -> None:
-        self._app = app
-        self._head = "".join(["<head>", *(f"<script>{script}</script>" for script in scripts)]).encode()
+    def __init__(self) -> None:
+        self._asked: dict[str, float] = {}
+        self._lock = threading.Lock()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "GET" or scope["path"] != "/":
-            await self._app(scope, receive, send)
-            return
-        start: Message = {}
-        body = b""
-
-        async def collect(message: Message) -> None:
-            nonlocal start, body
-            if message["type"] == "http.response.start":
-                start = message
-                return
-            body += message.get("body", b"")
-            if message.get("more_body"):
-                return
-            body = body.replace(b"<head>", self._head, 1)
-            kept = [(key, value) for key, value in start["headers"] if key.lower() != b"content-length"]
-            await send({**start, "headers": [*kept, (b"content-length", str(len(body)).encode())]})
-            await send({"type": "http.response.body", "body": body})
-
-        await self._app(scope, receive, collect)
+    def count(self, page: str, *, hidden: bool = False) -> int:
+        """Takes note of a page that asks, and returns how many there are; one that is hidden is none."""
+        now = time.monotonic()
+        with self._lock:
+            self._asked[page] = -math.inf if hidden else now
+            self._asked = {page: then for page, then in self._asked.items() if now - then < _GONE_SECONDS}
+            return len(self._asked)

@@ -178,8 +178,9 @@ class Page:
     def look(self, run: object, *, train: bool, fn_name: str = "look") -> dict:
         """Returns what the open page is told of a run."""
         body = {"component_id": self.head, "session_hash": self.session, "fn_name": fn_name}
-        answer = self.http.post(f"{API}/component_server", json=body | {"data": {"run": run, "train": train}})
-        return answer.raise_for_status().json()["parts"]
+        asked = {"page": "one", "hidden": False, "run": run, "train": train, "going": [], "marks": {}}
+        answer = self.http.post(f"{API}/component_server", json=body | {"data": asked})
+        return {part: drawn for part, (drawn, _) in answer.raise_for_status().json()["parts"].items()}
 
     def look_at(self, kind: str, place: str) -> list:
         return self.run(self.event(inputs=["model-kind", "model-place"], on=["click", "submit"]), kind, place)

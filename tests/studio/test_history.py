@@ -268,11 +268,12 @@ def test_a_new_server_opens_runs_and_a_page_without_reading_the_logs_of_what_is_
     with going.locked():
         server = Studio(workspace)
         again, _ = runs_tab.listed(server)
-        news = app.news(server, {"run": going.id, "train": True})
+        asked = {"page": "one", "hidden": False, "run": going.id, "train": True, "going": [], "marks": {}}
+        news = app.news(server, asked)
     assert set(logs) == {going.log.path}
     changed = [run.id for run, old, new in zip(runs, rows, again, strict=True) if old != new]
     assert changed == [going.id]
-    assert "step 1 of 60" in news["parts"]["head-line"]
+    assert "step 1 of 60" in news["parts"]["head-line"][0]
 
 
 def test_a_copy_of_a_workspace_shows_its_own_runs(shown, write_run, tmp_path):

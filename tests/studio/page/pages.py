@@ -36,10 +36,15 @@ def handler(page: gr.Blocks, name: str, elem_id: str | None = None):
     return only
 
 
-def look(page: gr.Blocks, run: str, *, train: bool = True, **known) -> dict:
+def look(page: gr.Blocks, run: str, /, *, train: bool = True, **known) -> dict:
     """What an open page is told when it asks."""
     (head,) = (b for b in page.blocks.values() if b.elem_id == "head")
-    return head.look({"run": run, "train": train, **known})
+    asked = {"page": "one", "hidden": False, "run": run, "train": train, "going": [], "marks": {}}
+    told = head.look(asked | known)
+    return told | {
+        "parts": {part: drawn for part, (drawn, _) in told["parts"].items()},
+        "marks": {part: mark for part, (_, mark) in told["parts"].items()},
+    }
 
 
 def update(component) -> dict:

@@ -48,14 +48,40 @@ def test_a_page_learns_what_is_new_and_when_the_list_or_the_button_has_to_turn(p
     assert look(page, run.id)["turn"] != running["turn"]
 
 
-def test_pages_look_less_often_while_the_cpu_they_would_draw_on_trains(page, write_run, hold):
-    run = write_run([STARTED])
-    assert look(page, run.id)["every"] == 1000 * watch.LOOK_SECONDS
+def test_charts_are_looked_at_each_second_while_a_run_goes_on(page, write_run, hold):
+    run = write_run([dataclasses.replace(STARTED, device="cuda:0")])
+    often, seldom = 1000 * watch.LOOK_SECONDS, 1000 * watch.LOOK_SECONDS_ELSEWHERE
+    assert look(page, run.id)["every"] == seldom == 2000
     hold(run)
-    assert look(page, run.id)["every"] == 1000 * watch.LOOK_SECONDS_ON_CPU > 1000 * watch.LOOK_SECONDS
-    on_a_gpu = write_run([dataclasses.replace(STARTED, device="cuda:0")])
-    page_of_its_own = write_run([])
-    assert on_a_gpu.id != page_of_its_own.id and look(page, on_a_gpu.id)["every"] > 2000, "another run still trains"
+    assert look(page, run.id)["every"] == often == 1000
+    assert look(page, run.id, page="another")["every"] == often, "they do not draw where it trains"
+    assert look(page, run.id, train=False)["every"] == seldom
+
+
+def test_pages_share_the_looks_while_the_cpu_they_would_draw_on_trains(page, write_run, hold, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    run = write_run([STARTED])
+    hold(run)
+    assert [look(page, run.id, page=name)["every"] for name in "abbcde"] == [1000, 2000, 2000, 3000, 4000, 5000]
+    assert look(page, run.id, page="e", hidden=True)["every"] == 4000
+    now[0] += 10
+    assert look(page, run.id, page="a", train=False)["every"] == 8000
+    now[0] += 10
+    assert look(page, run.id, page="a")["every"] == 1000, "the others were shut"
+
+
+def test_a_page_is_told_again_only_what_is_new(page, write_run):
+    run = write_run([STARTED])
+    news = look(page, run.id)
+    assert set(news["parts"]) == {"head-line", "status", "charts", "worker-log"}
+    assert set(look(page, run.id, marks=news["marks"])["parts"]) <= {"head-line"}, "the free memory"
+    writer = EventWriter(run.log)
+    writer.write(STEP)
+    writer.close()
+    later = look(page, run.id, marks=news["marks"])
+    assert {"status", "charts"} <= set(later["parts"]) and "worker-log" not in later["parts"]
+    assert set(look(page, run.id, marks=news["marks"] | {"worker-log": ""})["parts"]) >= {"worker-log"}
 
 
 def test_a_page_that_shows_another_tab_is_told_no_more_than_the_head(page, write_run):
