@@ -1,6 +1,6 @@
 """Which matrices to adapt, and with which rank: the paper's Tables 5 and 6."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from core import LoRAConfig, LoRAError, quoted
 from studio import models
@@ -26,6 +26,8 @@ _PAPER_6 = {
     "q, k, v, o": ((74.1, 73.7, 74.0, 74.0, 73.9), (91.2, 91.7, 91.7, 91.5, 91.4)),
 }
 _PAPER_RANKS = (1, 2, 4, 8, 64)
+_ALPHAS: Mapping[str, Callable[[int], int]] = {"alpha = 32": lambda r: 32, "alpha = 8 r": lambda r: 8 * r}
+"""The paper's way, one alpha for every r, with which the scale of ΔW falls as r grows; and one scale for every r."""
 _RANKS: Mapping[str, tuple[int, ...]] = {"tiny": (1, 8, 64), "small": (1, 8, 64), "paper": _PAPER_RANKS}
 
 
@@ -106,10 +108,11 @@ def _ranks(asked: Asked, workspace: Workspace) -> list[Piece]:
     made = []
     for names in _PAPER_6:
         targets = tuple(_LETTERS[letter] for letter in names.split(", "))
-        for r in _RANKS[asked.size]:
-            lora = LoRAConfig(r=r, alpha=8 * r, target_modules=targets)
-            spec = of_text(asked, workspace, f"W_{names} r {r}", lora=lora)
-            made.append(Piece(f"{names}, r {r}", held_out, spec))
+        for words, alpha in _ALPHAS.items():
+            for r in _RANKS[asked.size]:
+                lora = LoRAConfig(r=r, alpha=alpha(r), target_modules=targets)
+                spec = of_text(asked, workspace, f"W_{names}, {words}, r {r}", lora=lora)
+                made.append(Piece(f"{names}, {words}, r {r}", held_out, spec))
     return made
 
 
@@ -117,23 +120,26 @@ def _tell_ranks(asked: Asked, records: Mapping[str, Record]) -> Result:
     rows, lines, findings, ranks = [], dict[str, list[float]](), [], _RANKS[asked.size]
     for names, paper in _PAPER_6.items():
         wikisql, mnli = ([values[_PAPER_RANKS.index(r)] for r in ranks] for values in paper)
-        found = [records.get(f"{names}, r {r}") for r in ranks]
-        losses = [record["loss"] for record in found if record]
-        cells = [f"{record['loss']:.4f}" if record else "" for record in found]
-        rows.append([f"W_{names}", "held-out loss", *cells])
+        for words in _ALPHAS:
+            found = [records.get(f"{names}, {words}, r {r}") for r in ranks]
+            losses = [record["loss"] for record in found if record]
+            cells = [f"{record['loss']:.4f}" if record else "" for record in found]
+            rows.append([f"W_{names}", f"held-out loss, {words}", *cells])
+            if all(found):
+                lines[f"W_{names}, {words}"] = losses
+                findings.append(
+                    f"W_{names}, {words}: from r = 1 to r = 64 the loss changes by {losses[-1] - losses[0]:+.4f}; "
+                    f"the paper's accuracy on WikiSQL by {wikisql[-1] - wikisql[0]:+.1f} points."
+                )
         rows.append(["", "paper: WikiSQL, %", *map(str, wikisql)])
         rows.append(["", "paper: MNLI, %", *map(str, mnli)])
-        if all(found):
-            lines[f"W_{names}"] = losses
-            findings.append(
-                f"W_{names}: from r = 1 to r = 64 the loss changes by {losses[-1] - losses[0]:+.4f}; "
-                f"the paper's accuracy on WikiSQL by {wikisql[-1] - wikisql[0]:+.1f} points."
-            )
 
     def draw():
         from studio.figures import lines_figure
 
-        return lines_figure(ranks, lines, title="Which rank", x_label="r", y_label="held-out loss, nats a token")
+        one, _ = _ALPHAS
+        drawn = {name: line for name, line in lines.items() if name.endswith(one) or name.startswith("W_q, v")}
+        return lines_figure(ranks, drawn, title="Which rank", x_label="r", y_label="held-out loss, nats a token")
 
     head = ["Matrices", "", *(f"r = {r}" for r in ranks)]
     table = Table("The same matrices with more and more directions", head, rows)
@@ -142,8 +148,7 @@ def _tell_ranks(asked: Asked, records: Mapping[str, Record]) -> Result:
 
 _DIFFERS = (
     "the starter of 135 M parameters in place of GPT-3 175B, facts to text in place of WikiSQL and MNLI, and the "
-    "held-out loss in place of accuracy. alpha = 8 r, so that scaling is the same for every r. The starter's key and "
-    "value are a third as wide as its query, so at one budget they get a larger r."
+    "held-out loss in place of accuracy. "
 )
 
 MATRICES = Experiment(
@@ -151,7 +156,9 @@ MATRICES = Experiment(
     "Which matrices should be adapted?",
     "Table 5",
     "At one number of trained parameters: one matrix with a high rank, or all four with a low one?",
-    _DIFFERS,
+    _DIFFERS
+    + "alpha = 8 r, so that scaling is the same for every r. The starter's key and value are a third as wide as its "
+    "query, so at one budget they get a larger r.",
     _matrices,
     _tell_matrices,
 )
@@ -160,7 +167,9 @@ RANKS = Experiment(
     "Which rank is enough?",
     "Table 6",
     "Does the loss still fall as r goes from 1 to 64?",
-    _DIFFERS,
+    _DIFFERS
+    + "The paper keeps one alpha for all r. With alpha = 8 r, which stands beside it, the scale of ΔW is one for all "
+    "r, and a higher r also learns faster. Few steps, and one learning rate for all.",
     _ranks,
     _tell_ranks,
 )
