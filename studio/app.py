@@ -16,7 +16,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from core import LoRAError, MethodConfig, TrainConfig
-from studio import doors, ends, header, jobs, language, links, rewriting, theme, watch
+from studio import doors, ends, header, jobs, language, links, rewriting, theme, watch, zoom
 from studio.data import DataSpec
 from studio.generating import EvaluationSpec
 from studio.remedies import remedies
@@ -38,7 +38,7 @@ def build(studio: Studio) -> gr.Blocks:
                 head = gr.HTML(
                     _TITLE,
                     elem_id="head",
-                    js_on_load=watch.JS + links.JS + ends.JS + learn.JS,
+                    js_on_load=watch.JS + zoom.JS + links.JS + ends.JS + learn.JS,
                     server_functions=[look],
                     run=None,
                 )
@@ -225,8 +225,8 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
     Args:
         studio: What is served.
         asked: A table with `page`, which page asks; `hidden`, whether it is in the background; `run`, the id of the run
-            that it shows; `train`, whether the tab is open; `going`, the ids that it was told of the last time; and
-            `marks`, id -> mark of the parts that it shows.
+            that it shows; `train`, whether the tab is open; `steps`, which of its steps the charts show; `going`, the
+            ids that it was told of the last time; and `marks`, id -> mark of the parts that it shows.
     """
     listed = studio.runs.list()
     rows = studio.shown.each(listed, runs.labelled_row)
@@ -237,7 +237,7 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
     if run is not None and asked["train"]:
         run.note_killed()
     if asked["train"]:
-        parts |= train.view(run)
+        parts |= train.view(run, asked["steps"])
     turn = [[row[0] for row in rows], [run.id for run in listed], run.stop_asked if run else ""]
     is_cpu_busy = going is not None and going.log.started is not None and going.log.started.device == "cpu"
     seconds = watch.LOOK_SECONDS if going is not None and asked["train"] else watch.LOOK_SECONDS_ELSEWHERE
@@ -302,7 +302,7 @@ def launch(
         inbrowser=False,
         prevent_thread_lock=True,
         theme=theme.theme(),
-        css=theme.CSS + learn.CSS + guide.CSS + ends.CSS + language.CSS,
+        css=theme.CSS + learn.CSS + guide.CSS + ends.CSS + zoom.CSS + language.CSS,
         i18n=language.i18n(),
         footer_links=[],
         app_kwargs={

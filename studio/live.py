@@ -1,4 +1,4 @@
-"""Numbers -> charts that are drawn anew every other second, cheap enough to watch beside a training.
+"""Numbers -> charts that are drawn anew every second, cheap enough to watch beside a training.
 
 A page that redraws a chart takes time from the cores that train. Here a chart is a few hundred bytes of
 SVG without a script, stretched to the width it is given; its words are HTML, so that they do not stretch.
@@ -19,6 +19,7 @@ _STRIP_HEIGHT = 200
 _TOO_LARGE = 1e300
 
 Point = tuple[float, float]
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Curve:
     thickness: float = 1.5
 
 
-def chart(title: str, curves: Sequence[Curve], *, height: int, empty: str = "") -> str:
+def chart(title: str, curves: Sequence[Curve], *, height: int, empty: str = "", shown: Range | None = None) -> str:
     """Returns HTML of a chart of one or more curves over the same steps.
 
     Args:
@@ -49,15 +50,18 @@ def chart(title: str, curves: Sequence[Curve], *, height: int, empty: str = "") 
         curves: The series; those without a finite value are only named in the key.
         height: Of the drawing, in pixels.
         empty: What stands there while there is nothing to draw.
+        shown: The steps from which to which it shows; None for all.
     """
-    drawn = [replace(c, points=thin(c.points)) for c in curves]
+    drawn = [replace(c, points=thin(_within(c.points, shown))) for c in curves]
     finite = [p for c in drawn for p in c.points if _can_be_drawn(p[1])]
+    if shown:
+        finite = [p for p in finite if shown[0] <= p[0] <= shown[1]] or finite
     if not finite:
         return (
             f'<figure class="live"><figcaption><b>{escape(title)}</b></figcaption>'
             f'<div class="plot" style="height:{height}px"><span class="none">{escape(empty)}</span></div></figure>'
         )
-    left, right = min(x for x, _ in finite), max(x for x, _ in finite)
+    left, right = shown or (min(x for x, _ in finite), max(x for x, _ in finite))
     if left == right:
         left, right = left - 0.5, right + 0.5
     low, high = min(y for _, y in finite), max(y for _, y in finite)
@@ -90,18 +94,29 @@ def chart(title: str, curves: Sequence[Curve], *, height: int, empty: str = "") 
         parts += _strips(drawn, left, right)
     key = "".join(
         f'<span class="key" style="--key:{c.color}">{escape(c.name)} <b>{_number(c.points[-1][1])}</b></span>'
-        for c in drawn
-        if c.points
+        for c in curves
+        if len(c.points)
     )
     spoken = escape(
-        f"{title}: " + ", ".join(f"{c.name} {_number(c.points[-1][1])}".strip() for c in drawn if c.points), True
+        f"{title}: " + ", ".join(f"{c.name} {_number(c.points[-1][1])}".strip() for c in curves if len(c.points)), True
     )
     return (
         f'<figure class="live"><figcaption><b>{escape(title)}</b>{key}</figcaption>'
-        f'<div class="plot" style="height:{height}px"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        f'<div class="plot{" closer" if shown else ""}" style="height:{height}px" data-steps="{left:g} {right:g}">'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" '
         f'preserveAspectRatio="none" role="img" aria-label="{spoken}">{"".join(parts)}</svg>'
         f"{''.join(words)}</div></figure>"
     )
+
+
+def _within(points: Sequence[Point] | np.ndarray, shown: Range | None) -> Sequence[Point] | np.ndarray:
+    """Returns the points of the steps shown, and the one before and the one after, to which the line goes on."""
+    if shown is None:
+        return points
+    steps = np.asarray(points, float).reshape(-1, 2)[:, 0]
+    return points[
+        max(0, int(np.searchsorted(steps, shown[0])) - 1) : int(np.searchsorted(steps, shown[1], "right")) + 1
+    ]
 
 
 def thin(points: Sequence[Point] | np.ndarray) -> list[Point]:

@@ -139,6 +139,7 @@ CSS = f"""
 .live .plot {{ position: relative; margin: 0 .6rem 0 3.2rem !important; border: solid var(--border-color-primary);
   border-width: 0 0 1px 1px; }}
 .live svg {{ position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; fill: none; }}
+.live .closer svg {{ overflow: hidden; }}
 .live svg rect {{ fill: transparent; }}
 .live .grid {{ stroke: var(--border-color-primary); vector-effect: non-scaling-stroke; opacity: .7; }}
 .live .plot span {{ position: absolute; font-size: .75rem; line-height: 1; color: var(--body-text-color-subdued); }}

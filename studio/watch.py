@@ -31,7 +31,7 @@ const title = '{TITLE}', unseen = {1000 * LOOK_SECONDS_UNSEEN};
 """
     + """
 const page = Math.random().toString(36);
-let every = 2000, last = 0, open = null, run = null, turn = null, going = [], share = null, mark = '';
+let every = 2000, last = 0, open = null, run = null, turn = null, steps = '', going = [], share = null, mark = '';
 const alter = (text, now) => {  // only where it differs, as what is selected beside that stays so
     const old = text.data, both = Math.min(old.length, now.length);
     let start = 0, end = 0;
@@ -67,7 +67,7 @@ const look = async () => {
     every = 60_000;  // while it waits for an answer
     try {
         const now = await server.look(
-            {page: page, hidden: document.hidden, run: run, train: open, going: going, marks: marks()});
+            {page: page, hidden: document.hidden, run: run, train: open, steps: steps, going: going, marks: marks()});
         if (started !== last) return;  // it was asked for something else meanwhile
         ({every, going, share} = now);
         for (const [id, [html, mark]] of Object.entries(now.parts)) put(id, html, mark);
@@ -87,6 +87,7 @@ const tick = () => {
     const seen = !hidden && document.getElementById('status')?.offsetParent != null;
     if (Date.now() - last < every - 100 && seen === open && props.run === run) return;
     open = seen;
+    if (props.run !== run) steps = '';  // of another run
     run = props.run;
     look();
 };

@@ -1,5 +1,6 @@
 """LoRA against the other methods: on labels (Table 2), on text (Table 3), and with few rows (the appendix)."""
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -135,9 +136,19 @@ def _label_run(
     )
 
 
+def _told_apart(scores: Mapping[str, list[float]]) -> bool:
+    """Returns whether a method's mean is two standard deviations of its seeds above that of the head alone."""
+    alone = scores["Head only"]
+    return any(
+        statistics.fmean(found) - statistics.fmean(alone)
+        > 2 * max(statistics.stdev(of) if len(of) > 1 else 0.0 for of in (found, alone))
+        for found in scores.values()
+    )
+
+
 def _tell_labels(asked: Asked, records: Mapping[str, Record]) -> Result:
     tasks = list(dict.fromkeys(key.split(", ")[0] for key in records))
-    rows, means = [], {}
+    rows, means, scores = [], {}, {task: dict[str, list[float]]() for task in tasks}
     for method in _OF_LABELS:
         row, trained = [method, ""], []
         for task in tasks:
@@ -147,7 +158,8 @@ def _tell_labels(asked: Asked, records: Mapping[str, Record]) -> Result:
             paper = _PAPER_2.get(method, {}).get(task)
             row += [spread(found, 1), "" if paper is None else f"{paper}"]
             if found:
-                means.setdefault(method, []).append(sum(found) / len(found))
+                scores[task][method] = found
+                means.setdefault(method, []).append(statistics.fmean(found))
         row[1] = f"{trained[0]:,.0f}" if trained else ""
         rows.append(row)
     head = ["Method", "Trained"]
@@ -163,6 +175,11 @@ def _tell_labels(asked: Asked, records: Mapping[str, Record]) -> Result:
             f"LoRA is {gap:+.1f} points from full fine-tuning"
             + as_paper(gap >= 0, "in the paper's mean over GLUE it is 0.8 ahead (RoBERTa base)"),
         ]
+        if alike := [task for task, of_task in scores.items() if not _told_apart(of_task)]:
+            findings.append(
+                f"On {' and '.join(alike)} no method is two standard deviations above the head alone: "
+                "nothing there tells them apart."
+            )
 
     def draw() -> "Plot":
         from studio.figures import bars_figure

@@ -10,7 +10,7 @@ import gradio as gr
 import numpy as np
 
 from core import LoRAError, MethodConfig, TrainConfig, gpus, settings
-from studio import ends, jobs, label_metrics, links, live, theme
+from studio import ends, jobs, label_metrics, links, live, theme, zoom
 from studio.checkpoints import best
 from studio.event_log import EventLog
 from studio.forms import Form
@@ -131,14 +131,19 @@ def act(runs: Runs, name: str, run: Run, num_further: Any) -> Run:
     return run
 
 
-def view(run: Run | None) -> dict[str, str]:
-    """Returns what the tab shows of a run: HTML by the id of the element that it belongs in."""
+def view(run: Run | None, steps: object = "") -> dict[str, str]:
+    """Returns what the tab shows of a run: HTML by the id of the element that it belongs in.
+
+    Args:
+        run: The run; None before there is one.
+        steps: Which of its steps the charts show; see `zoom.read`.
+    """
     if run is None:
         words = "No run yet. Pick a model and data, then press Start training: its loss, memory and speed appear here."
         shown = theme.said(words) + links.ways(model="Pick a model", data="Pick data")
         return {"status": shown, "charts": "", "worker-log": ""}
     try:
-        shown, drawn = status_view(run, run.status), charts(run.log)
+        shown, drawn = status_view(run, run.status), charts(run.log, steps)
     except LoRAError as error:  # damaged files: said here at every look, not as an alarm
         shown, drawn = theme.said(str(error), "error"), ""
     return {"status": shown, "charts": drawn, "worker-log": escape(run.log_tail())}
@@ -164,7 +169,7 @@ SPECTRUM = ("σ₁ of ΔW, mean over matrices", "Effective rank of ΔW, mean")
 """What `Spectra.means` gives, in its order."""
 
 
-def losses(log: EventLog) -> str:
+def losses(log: EventLog, shown: live.Range | None = None) -> str:
     """Returns HTML of a chart of the loss, of the rows that are trained on and of those held out."""
     steps, last = log.steps.columns(), log.evaluations[-1] if log.evaluations else None
     curves = [
@@ -173,32 +178,40 @@ def losses(log: EventLog) -> str:
     ]
     is_of_rows = last is not None and bool(last.metrics)
     unit = "" if last is not None and "pearson" in last.metrics else " (nats)" if is_of_rows else " (nats per token)"
-    return live.chart(f"Loss{unit}", curves, height=260, empty="It appears after the first step.")
+    return live.chart(f"Loss{unit}", curves, height=260, empty="It appears after the first step.", shown=shown)
 
 
-def charts(log: EventLog) -> str:
-    """Returns HTML of the loss and, below it, the four small charts, and two of ΔW where it was measured."""
+def charts(log: EventLog, asked: object = "") -> str:
+    """Returns HTML of the loss and, below it, the four small charts, and two of ΔW where it was measured.
+
+    Args:
+        log: Of the run.
+        asked: Which of its steps are shown; see `zoom.read`.
+    """
     steps = log.steps.columns()
+    shown = zoom.read(asked, steps["step"])
+
+    def small_chart(title: str, curves: list[live.Curve]) -> str:
+        return live.chart(title, curves, height=110, shown=shown)
 
     def points(values: np.ndarray) -> np.ndarray:
         return np.stack([steps["step"], values], axis=1)
 
     last = log.evaluations[-1] if log.evaluations else None
-    drawn = losses(log)
+    drawn = losses(log, shown)
     if last is not None and last.metrics:
         scores = [
             live.Curve(label_metrics.TITLES.get(name, name), color, _scores(log, name), dots=True, thickness=2)
             for name, color in zip(_first(last.metric, last.metrics), SCORE_COLORS, strict=False)
         ]
-        drawn += live.chart("Scores on held-out rows", scores, height=110)
-    small = [
-        live.chart(title, [live.Curve("", ADAPTED, points(value(steps)))], height=110) for title, value in SMALL.items()
-    ]
+        drawn += small_chart("Scores on held-out rows", scores)
+    small = [small_chart(title, [live.Curve("", ADAPTED, points(value(steps)))]) for title, value in SMALL.items()]
     measured, means = log.spectra.steps, log.spectra.means()
     for place, title in enumerate(SPECTRUM) if len(measured) else ():
         values = np.stack([measured[: len(means)], means[: len(measured), place]], axis=1)
-        small.append(live.chart(title, [live.Curve("", ADAPTED, values)], height=110))
-    return f'<div class="charts">{drawn}{"".join(small)}</div>'
+        small.append(small_chart(title, [live.Curve("", ADAPTED, values)]))
+    chooser = zoom.bar(asked, shown) if len(steps["step"]) > 1 else ""
+    return f'{chooser}<div class="charts">{drawn}{"".join(small)}</div>'
 
 
 def _first(name: str, names: Iterable[str]) -> list[str]:

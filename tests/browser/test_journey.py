@@ -92,6 +92,13 @@ def test_the_run_is_shown_live_and_survives_a_reload_a_pause_and_a_killed_server
     wait_for_step(page, before + 1)
     assert "running" in status_text(page) or step_shown(page) == STEPS
 
+    page.get_by_role("button", name="Last half").click()
+    half = page.get_by_role("button", name="Last half", pressed=True)
+    half.wait_for()
+    half.evaluate("button => { button.same = true; }")
+    wait_for_step(page, step_shown(page) + 1)
+    assert half.evaluate("button => button.same && document.activeElement === button"), "it stays as it was chosen"
+
     page.locator("#pause").click()
     page.wait_for_function("document.querySelector('#status').innerText.includes('paused')", timeout=WAIT)
     paused_at = step_shown(page)
@@ -124,6 +131,29 @@ def test_the_loss_chart_draws_both_series(trained):
     colours = dominant_colours(chart.locator(".plot").screenshot())
     assert (217, 105, 26) in colours, "the held-out losses are drawn"
     assert (239, 176, 124) in colours, "the training losses are drawn"
+
+
+def test_dragging_across_a_chart_looks_closer_and_the_buttons_look_at_all_again(trained):
+    page = trained
+    open_tab(page, "Train")
+    plot = page.locator("#charts .plot").first
+    page.get_by_role("button", name="All", exact=True).click()
+    page.wait_for_selector(f"#charts .plot[data-steps='0 {STEPS}']")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 60, steps=3)
+    assert page.locator(".zoom-mark").bounding_box()["width"] == pytest.approx(0.5 * box["width"], abs=2)
+    page.mouse.up()
+    page.get_by_role("button", name=f"{STEPS // 4} to {3 * STEPS // 4}", pressed=True).wait_for()
+    assert page.locator(".zoom-mark").count() == 0
+    assert len(set(page.locator("#charts .plot").evaluate_all("all => all.map(plot => plot.dataset.steps)"))) == 1
+    page.get_by_role("button", name="Last tenth").focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Last tenth", pressed=True).wait_for()
+    plot.dblclick()
+    page.get_by_role("button", name="All", exact=True, pressed=True).wait_for()
 
 
 def dominant_colours(png):

@@ -178,7 +178,7 @@ class Page:
     def look(self, run: object, *, train: bool, fn_name: str = "look") -> dict:
         """Returns what the open page is told of a run."""
         body = {"component_id": self.head, "session_hash": self.session, "fn_name": fn_name}
-        asked = {"page": "one", "hidden": False, "run": run, "train": train, "going": [], "marks": {}}
+        asked = {"page": "one", "hidden": False, "run": run, "train": train, "steps": "", "going": [], "marks": {}}
         answer = self.http.post(f"{API}/component_server", json=body | {"data": asked})
         return {part: drawn for part, (drawn, _) in answer.raise_for_status().json()["parts"].items()}
 

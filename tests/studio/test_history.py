@@ -268,7 +268,7 @@ def test_a_new_server_opens_runs_and_a_page_without_reading_the_logs_of_what_is_
     with going.locked():
         server = Studio(workspace)
         again, _ = runs_tab.listed(server)
-        asked = {"page": "one", "hidden": False, "run": going.id, "train": True, "going": [], "marks": {}}
+        asked = {"page": "one", "hidden": False, "run": going.id, "train": True, "steps": "", "going": [], "marks": {}}
         news = app.news(server, asked)
     assert set(logs) == {going.log.path}
     changed = [run.id for run, old, new in zip(runs, rows, again, strict=True) if old != new]

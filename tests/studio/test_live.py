@@ -122,3 +122,18 @@ def test_any_numbers_give_a_chart_that_stays_inside_its_frame(values, height):
 )
 def test_numbers_fit_beside_the_axis(value, words):
     assert f"<b>{words}</b>" in live.chart("T", [live.Curve("", "red", [(1, value)])], height=100)
+
+
+def test_a_closer_look_shows_only_those_steps_and_where_the_lines_go_on():
+    training = live.Curve("training", "red", [(step, 9.0 - step) for step in range(9)])
+    held_out = live.Curve("held out", "blue", [(0, 100.0), (4, 6.0), (8, 50.0)], dots=True)
+    html = live.chart("Loss", [training, held_out], height=260, shown=(3, 5))
+    plot = parsed(html).find("div")
+    assert plot.get("data-steps") == "3 5" and "closer" in plot.get("class").split()
+    one, two = drawn(html)
+    assert [x for x, _ in one] == [-500, 0, 500, 1000, 1500] and [x for x, _ in two] == [-1500, 500, 2500]
+    assert 0 < one[3][1] < 100 and two[0][1] < 0 and two[2][1] < 0, "the axis is of what is seen"
+    assert "training 1" in plot.find("svg").get("aria-label"), "the key says the last values of all"
+    assert "data-steps" in live.chart("Loss", [training], height=100)
+    between = live.chart("Loss", [held_out], height=100, shown=(5, 7))
+    assert [x for x, _ in drawn(between)[0]] == [-500, 1500], "no value there: the line alone"

@@ -39,7 +39,7 @@ def handler(page: gr.Blocks, name: str, elem_id: str | None = None):
 def look(page: gr.Blocks, run: str, /, *, train: bool = True, **known) -> dict:
     """What an open page is told when it asks."""
     (head,) = (b for b in page.blocks.values() if b.elem_id == "head")
-    asked = {"page": "one", "hidden": False, "run": run, "train": train, "going": [], "marks": {}}
+    asked = {"page": "one", "hidden": False, "run": run, "train": train, "steps": "", "going": [], "marks": {}}
     told = head.look(asked | known)
     return told | {
         "parts": {part: drawn for part, (drawn, _) in told["parts"].items()},

@@ -84,6 +84,11 @@ def test_a_page_is_told_again_only_what_is_new(page, write_run):
     assert set(look(page, run.id, marks=news["marks"] | {"worker-log": ""})["parts"]) >= {"worker-log"}
 
 
+def test_a_page_is_drawn_the_steps_that_it_asks_for(page, write_run):
+    run = write_run([STARTED, *(dataclasses.replace(STEP, step=number) for number in range(1, 41))])
+    assert 'data-steps="10 20"' in look(page, run.id, steps=[10, 20])["parts"]["charts"]
+
+
 def test_a_page_that_shows_another_tab_is_told_no_more_than_the_head(page, write_run):
     run = write_run([STARTED, STEP])
     news = look(page, run.id, train=False)
