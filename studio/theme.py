@@ -82,9 +82,9 @@ CSS = f"""
 .info-text a {{ color: inherit !important; text-underline-offset: 2px; }}
 .info-text a:hover {{ color: var(--body-text-color) !important; }}
 [id^=setting-] {{ min-width: min(220px, 100%) !important; }}
-[id^=setting-]:not(.hidden), [id^=setting-] > .container {{ display: flex; flex-direction: column; }}
-[id^=setting-] > .container {{ flex: 1; }}
-[id^=setting-] > .container > :last-child {{ margin-top: auto; }}
+.form > .block:not(.hidden):has(> .container), .form > .block > .container {{ display: flex; flex-direction: column; }}
+.form > .block > .container {{ flex: 1; }}
+.form > .block > .container > :last-child {{ margin-top: auto; }}
 .dark input[type=range] {{ --neutral-200: #35425c; }}
 .form:has(> #run) {{ flex-grow: 0 !important; }}
 .head > label:has(.info-text) {{ flex: 1 1 9rem !important; }}
@@ -202,6 +202,7 @@ table.plain :is(thead, tbody, tr) {{ border: 0 !important; }}
 table.plain :is(th, td) {{ text-align: right; padding: .35rem .6rem; border: 0 !important;
   border-bottom: 1px solid var(--border-color-primary) !important; }}
 table.plain :is(th, td):first-child {{ text-align: left; }}
+table.plain td:not(:first-child) {{ white-space: nowrap; }}
 table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600; font-size: .85rem; }}
 .measured {{ margin: 1rem 0; }} .measured :is(th, td) {{ white-space: nowrap; }}
 .measured small {{ display: block; color: var(--body-text-color-subdued); font-size: .8rem; }}
@@ -219,6 +220,7 @@ table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600;
 .download a {{ font-weight: 600; color: var(--adapted-text); overflow-wrap: anywhere; }}
 #fit-row {{ align-items: flex-end; gap: .5rem; }}
 #fit-row > button {{ flex: 0 1 auto; }}
+@media (max-width: 640px) {{ #fit-row > .form {{ flex-basis: 100% !important; }} }}
 :is(#probe-progress, #fitting, #task-note, #label-note):not(:has(.said, .progress)) {{ display: none; }}
 #offers {{ gap: .4rem; }}
 #offers:not(:has(button)) {{ display: none; }}

@@ -51,8 +51,9 @@ def bar(asked: object, shown: Range | None) -> str:
 CSS = """
 .zoom { display: flex; flex-wrap: wrap; align-items: center; gap: .35rem .4rem; margin-top: 1rem; font-size: .8rem;
   color: var(--body-text-color-subdued); }
-.zoom button { margin: 0 !important; padding: .15rem .6rem; border: 1px solid var(--border-color-primary);
-  border-radius: 999px; background: none; color: var(--body-text-color-subdued); cursor: pointer; }
+.zoom button { margin: 0 !important; padding: .15rem .6rem; font: inherit;
+  border: 1px solid var(--border-color-primary); border-radius: 999px; background: none;
+  color: var(--body-text-color-subdued); cursor: pointer; }
 .zoom button:hover { color: var(--body-text-color); border-color: currentColor; }
 .zoom button[aria-pressed=true] { color: var(--adapted-text); border-color: currentColor; font-weight: 600; }
 #charts .plot { touch-action: pan-y; cursor: crosshair; user-select: none; }

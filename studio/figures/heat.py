@@ -30,6 +30,8 @@ from studio.figures.style import (
 from studio.matrices import split_path
 from studio.svg import INK
 
+_LEAST_SPAN = 1e-3  # of the colours, beside the largest number: less is no difference that anybody should see
+_MOST_DIGITS = 5  # of each of five numbers below the bar
 MOST_REGIONS = 3000
 """Up to so many cells can be pointed at; a map of more would weigh too much in a page."""
 
@@ -58,8 +60,11 @@ def heat_figure(values: Mapping[str, float | None], *, title: str, unit: str = "
         style: dict[str, Any] = {"facecolor": "none", "edgecolor": to_rgba(INK, 0.28), "hatch": "/////", "linewidth": 0}
         axes.add_patch(Rectangle((-0.5, -0.5), num_columns, num_rows, zorder=-1, **style))
     low, high = np.nanmin(grid), np.nanmax(grid)
+    least = _LEAST_SPAN * max(abs(low), abs(high))
     if low == high:
         low -= 0.5 * abs(low) or 0.5
+    elif high - low < least:
+        low, high = (low + high - least) / 2, (low + high + least) / 2
     colours = heat_colours()
     image = axes.imshow(grid, colours, aspect="auto", interpolation="none", vmin=low, vmax=high)
     _name_cells(axes, layers, names)
@@ -67,7 +72,8 @@ def heat_figure(values: Mapping[str, float | None], *, title: str, unit: str = "
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.55, anchor=(1, 0), aspect=28, pad=10 / height)
     bar.outline.set_visible(False)
     style_axes(bar.ax, shortened(unit, 32) or " ", "")  # the line stays, as the words beside it need it
-    bar.locator, bar.formatter = ticks(5), FuncFormatter(number_text)
+    is_wide = any(len(number_text(tick)) > _MOST_DIGITS for tick in ticks(5).tick_values(low, high))
+    bar.locator, bar.formatter = ticks(2 if is_wide else 5), FuncFormatter(number_text)
     bar.update_ticks()
     finished(figure)
     if len(cells) <= MOST_REGIONS:

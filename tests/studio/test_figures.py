@@ -76,6 +76,10 @@ def gallery():
         "heat": heat_figure(norms, title="‖ΔW‖", unit="Frobenius norm"),
         "heat with holes": heat_figure({**norms, "lm_head": NAN, "model.embed_tokens": 1.0}, title="‖ΔW‖", unit="u"),
         "heat of one cell": heat_figure({"lm_head": 1.0}, title="one", unit="unit"),
+        "heat, nearly alike": heat_figure(
+            {f"h.{i}.q": 0.999999 - 1e-7 * i for i in range(30)}, title="φ", unit="φ(k, k)"
+        ),
+        "heat, long numbers": heat_figure({f"h.{i}.q": 0.99 + 1e-4 * i for i in range(30)}, title="φ", unit="φ(k, k)"),
         "heat, 100 × 12": heat_figure(wide, title="wide", unit="share"),
         "heat of two": heat_figure(
             {"a.0.q": 1.0, "b.0.q": 2.0, "a.1." + "long" * 20: 3.0}, title="y" * 300, unit="z" * 99
@@ -212,6 +216,14 @@ def test_the_heat_map_places_values_by_layer_and_matrix():
     assert grid.tolist() == [[none, 1, none, 3], [none, 2, none, none], [9, none, none, none]]
     assert "framed: largest, 9\nlm_head\nhatched: no value" in texts(figure)
     assert {patch.get_hatch() for patch in figure.axes[0].patches} == {"/////", None}
+
+
+def test_a_difference_of_rounding_has_no_colour_of_its_own():
+    alike = heat_figure({"h.0.q": 0.999999, "h.1.q": 0.999998}, title="t").axes[0].images[0]
+    low, high = alike.get_clim()
+    assert high - low == pytest.approx(1e-3, rel=1e-4) and low < 0.999998 < 0.999999 < high
+    assert np.abs(np.diff(alike.cmap(alike.norm([0.999998, 0.999999])), axis=0)).max() < 0.01
+    assert heat_figure({"h.0.q": 1.0, "h.1.q": 0.99}, title="t").axes[0].images[0].get_clim() == (0.99, 1)
 
 
 def test_without_holes_nothing_is_hatched_and_the_largest_is_framed():

@@ -209,8 +209,8 @@ def build(frame: Frame, tab: Any) -> None:
     def show_curve(opened: Opened) -> list[Any]:
         asked = len(surgery.curve_ranks({path: found for path, (_, found) in studio.spectra(opened).items()}))
         words = (
-            f"Nothing is measured yet. Each curve takes {asked} measurements of its own, of at most {MOST_ROWS} "
-            "held-out rows; what was measured once is kept."
+            f"Nothing is measured yet. Each curve takes {asked} measurement{'s' * (asked != 1)} of its own, of at most "
+            f"{MOST_ROWS} held-out rows; what was measured once is kept."
         )
         return ["", theme.said(words)]
 

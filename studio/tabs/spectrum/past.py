@@ -186,7 +186,8 @@ def facts_at(run: Run, path: str, step: int, sigma: np.ndarray | None) -> str:
 def build(frame: Frame, tab: Any) -> None:
     """Draws the section in its `tab`."""
     studio = frame.studio
-    place = gr.Number(0, precision=0, visible="hidden")  # a State tells nobody of a change by an event of the page
+    # A State tells nobody of a change by an event of the page; and Gradio shows what it hides after a link here.
+    place = gr.Number(0, precision=0, visible="hidden", elem_classes="unseen")
     said = gr.HTML()
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=320):
