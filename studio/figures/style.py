@@ -45,6 +45,9 @@ class Plot(Figure):
         return buffer.getvalue()
 
 
+_MOST_OF_WIDTH = 0.88  # that a legend may take: the axis and its label stand left of it
+
+
 def new_figure(title: str, height: float, *, width: float = WIDTH) -> Plot:
     """Returns an empty figure, WIDTH points wide unless said otherwise, with its title."""
     figure = Plot(figsize=(width / 72, height / 72), layout="constrained", facecolor="white")
@@ -71,19 +74,23 @@ def style_axes(axes: Axes, x_label: str, y_label: str) -> Axes:
 
 
 def add_legend(parent: Axes | Figure, handles: Any = None, **place: Any) -> None:
-    """Puts a legend above axes, or where `place` says."""
-    parent.legend(
-        handles=handles,
-        ncols=4,
-        frameon=False,
-        borderaxespad=0.1,
-        borderpad=0.1,
-        columnspacing=1.4,
-        handlelength=1.8,
-        labelcolor=INK,
-        prop={"family": TEXT["family"], "size": TEXT["size"]},
-        **place or {"loc": "lower left", "bbox_to_anchor": (0, 1)},
-    )
+    """Puts a legend above axes, in as many columns as there is room for, or where `place` says, in four."""
+    figure = parent.get_figure(root=True)
+    for columns in (4, 3, 2, 1):
+        legend = parent.legend(
+            handles=handles,
+            ncols=columns,
+            frameon=False,
+            borderaxespad=0.1,
+            borderpad=0.1,
+            columnspacing=1.4,
+            handlelength=1.8,
+            labelcolor=INK,
+            prop={"family": TEXT["family"], "size": TEXT["size"]},
+            **place or {"loc": "lower left", "bbox_to_anchor": (0, 1)},
+        )
+        if place or figure is None or legend.get_window_extent().width < _MOST_OF_WIDTH * figure.bbox.width:
+            return
 
 
 def sentence_figure(title: str, sentence: str) -> Plot:

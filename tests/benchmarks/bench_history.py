@@ -38,6 +38,7 @@ from studio.specs import RunSpec
 from studio.state import Studio
 from studio.tabs import runs as runs_tab
 from studio.workspace import Workspace
+from tests.studio.page.pages import question
 
 NUM_POLLS, STEPS_BETWEEN = 40, 5
 OPENING_SECONDS, POLL_SECONDS = 1.0, 0.05
@@ -94,7 +95,7 @@ def poll(studio: Studio, run: Run, num_steps: int) -> Iterator[tuple[float, floa
         for event in said(first, first + STEPS_BETWEEN - 1, draw, eval_every=1_000):
             writer.write(event)
         begin = time.process_time()
-        passed = seconds(lambda: app.news(studio, {"run": run.id, "train": True}))
+        passed = seconds(lambda: app.news(studio, question(run.id)))
         yield passed, time.process_time() - begin
     writer.close()
 

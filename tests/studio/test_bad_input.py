@@ -36,6 +36,7 @@ from studio.tabs import runs as runs_tab
 from studio.tabs import train as train_tab
 from studio.workspace import Workspace
 from tests.studio.ggufs import write_gguf
+from tests.studio.page.pages import question
 
 SECONDS = 30
 SPARE_BYTES = 2 * 2**30
@@ -101,7 +102,7 @@ def open_run(path: Path, studio: Studio, model: str) -> None:
     other = studio.runs.create(RunSpec(name="Beside it"))
     run = Run(path)
     try:
-        for shown in (train_tab.view(run), app.news(studio, {"run": run.id, "train": True})):
+        for shown in (train_tab.view(run), app.news(studio, question(run.id))):
             json.dumps(shown, ensure_ascii=False).encode()
         assert runs_tab.row(other)[1] == "interrupted"
         row = runs_tab.row(run)

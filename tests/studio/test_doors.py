@@ -29,6 +29,7 @@ from studio import doors
 from studio.runs import Runs
 from studio.specs import RunSpec
 from studio.workspace import Workspace
+from tests.studio.page.pages import question
 
 ROOT = Path(__file__).parents[2]
 API = "/gradio_api"
@@ -178,8 +179,7 @@ class Page:
     def look(self, run: object, *, train: bool, fn_name: str = "look") -> dict:
         """Returns what the open page is told of a run."""
         body = {"component_id": self.head, "session_hash": self.session, "fn_name": fn_name}
-        asked = {"page": "one", "hidden": False, "run": run, "train": train, "steps": "", "going": [], "marks": {}}
-        answer = self.http.post(f"{API}/component_server", json=body | {"data": asked})
+        answer = self.http.post(f"{API}/component_server", json=body | {"data": question(run, train=train)})
         return {part: drawn for part, (drawn, _) in answer.raise_for_status().json()["parts"].items()}
 
     def look_at(self, kind: str, place: str) -> list:

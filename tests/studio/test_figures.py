@@ -17,10 +17,12 @@ from PIL import Image
 from core import Factors, LoRAError, Spectrum, random_sigma, spectrum
 from studio.figures import (
     alignment_figure,
+    bars_figure,
     damping_figure,
     enrichment_figure,
     heat_figure,
     intruder_figure,
+    lines_figure,
     loss_figure,
     profile_figure,
     sigma_figure,
@@ -90,6 +92,16 @@ def gallery():
         "enrichment": enrichment_figure(
             {f"r = {r}": (r, {f"layer {i}, q_proj": (1 + i / r, 1000.0 / r) for i in range(9)}) for r in (1, 64)}
         ),
+        "lines": lines_figure([1, 8, 64], {"W_q": [3, 2, 1]}, title="r", x_label="r", y_label="loss"),
+        "lines, long names": lines_figure(
+            [1, 8, 64],
+            {f"W_q, k, v, o, alpha = {number} r": [number, 2, 1] for number in range(32, 36)},
+            title="Which rank",
+            x_label="r",
+            y_label="held-out loss, nats a token",
+        ),
+        "lines, one very long name": lines_figure([1, 2], {"x" * 60: [1, 2]}, title="t", x_label="r", y_label="loss"),
+        "bars": bars_figure({"W_q, k, v, o": 0.4495, "Full fine-tuning": 0.0423}, title="Which", unit="loss"),
         "loss": loss_figure([1, 2, 3], [3.0, NAN, 2.0], [0, 3], [3.1, 2.1]),
         "loss, none": loss_figure([], [], [], []),
     }

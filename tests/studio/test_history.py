@@ -23,6 +23,7 @@ from studio.runs import Run
 from studio.state import Studio
 from studio.tabs import runs as runs_tab
 from studio.tabs import train as train_tab
+from tests.studio.page.pages import question
 
 ROOT = Path(__file__).parents[2]
 STARTED = Started(9, 1, 10, "cpu", "float32", "memory")
@@ -268,8 +269,7 @@ def test_a_new_server_opens_runs_and_a_page_without_reading_the_logs_of_what_is_
     with going.locked():
         server = Studio(workspace)
         again, _ = runs_tab.listed(server)
-        asked = {"page": "one", "hidden": False, "run": going.id, "train": True, "steps": "", "going": [], "marks": {}}
-        news = app.news(server, asked)
+        news = app.news(server, question(going.id))
     assert set(logs) == {going.log.path}
     changed = [run.id for run, old, new in zip(runs, rows, again, strict=True) if old != new]
     assert changed == [going.id]

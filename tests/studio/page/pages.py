@@ -36,11 +36,15 @@ def handler(page: gr.Blocks, name: str, elem_id: str | None = None):
     return only
 
 
+def question(run: object, *, train: bool = True) -> dict:
+    """What an open page asks the first time."""
+    return {"page": "one", "hidden": False, "run": run, "train": train, "steps": "", "going": [], "marks": {}}
+
+
 def look(page: gr.Blocks, run: str, /, *, train: bool = True, **known) -> dict:
     """What an open page is told when it asks."""
     (head,) = (b for b in page.blocks.values() if b.elem_id == "head")
-    asked = {"page": "one", "hidden": False, "run": run, "train": train, "steps": "", "going": [], "marks": {}}
-    told = head.look(asked | known)
+    told = head.look(question(run, train=train) | known)
     return told | {
         "parts": {part: drawn for part, (drawn, _) in told["parts"].items()},
         "marks": {part: mark for part, (_, mark) in told["parts"].items()},
