@@ -96,15 +96,13 @@ def test_the_run_is_shown_live_and_survives_a_reload_a_pause_and_a_killed_server
     half = page.get_by_role("button", name="Last half", pressed=True)
     half.wait_for()
     half.evaluate("button => { button.same = true; }")
-    wait_for_step(page, step_shown(page) + 1)
-    assert half.evaluate("button => button.same && document.activeElement === button"), "it stays as it was chosen"
-
     page.locator("#pause").click()
     page.wait_for_function("document.querySelector('#status').innerText.includes('paused')", timeout=WAIT)
     paused_at = step_shown(page)
     assert before < paused_at < STEPS
     page.locator("#resume").click()
     wait_for_step(page, paused_at + 1)
+    assert half.evaluate("button => button.same"), "the choice of steps stays, in the same button, while charts are drawn"
 
     server.kill()
     server.start()
