@@ -92,17 +92,17 @@ def test_the_run_is_shown_live_and_survives_a_reload_a_pause_and_a_killed_server
     wait_for_step(page, before + 1)
     assert "running" in status_text(page) or step_shown(page) == STEPS
 
-    page.get_by_role("button", name="Last half").click()
-    half = page.get_by_role("button", name="Last half", pressed=True)
-    half.wait_for()
-    half.evaluate("button => { button.same = true; }")
     page.locator("#pause").click()
     page.wait_for_function("document.querySelector('#status').innerText.includes('paused')", timeout=WAIT)
     paused_at = step_shown(page)
     assert before < paused_at < STEPS
+    page.get_by_role("button", name="Last half").click()
+    half = page.get_by_role("button", name="Last half", pressed=True)
+    half.wait_for()
+    half.evaluate("button => { button.same = true; }")
     page.locator("#resume").click()
     wait_for_step(page, paused_at + 1)
-    assert half.evaluate("button => button.same"), "the choice of steps stays, in the same button, while charts are drawn"
+    assert half.evaluate("button => button.same"), "what was chosen stays, in the same button, while charts are drawn"
 
     server.kill()
     server.start()
