@@ -248,7 +248,7 @@ def news(studio: Studio, asked: Any) -> dict[str, Any]:
     return {
         "parts": {part: (parts[part], mark) for part, mark in marks.items() if asked["marks"].get(part) != mark},
         "turn": json.dumps(turn),
-        "every": 1000 * seconds * max(1, num_pages if is_cpu_busy else 1),
+        "every": 1000 * seconds * (max(1, num_pages) if is_cpu_busy else 1),
         "going": [run.id for run, status in now.items() if status in ends.GOING],
         "ended": [end for end in over if end],
         "share": header.share(going) if going else None,

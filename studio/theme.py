@@ -165,9 +165,8 @@ CSS = f"""
 :is(#survey-progress, #advice):not(:has(.progress, .said)) {{ display: none; }}
 .stacked .wrap {{ flex-direction: column; align-items: stretch; gap: .35rem; }}
 .live .none {{ top: 45%; left: 1rem; }}
-#actions, #remedies {{ justify-content: flex-start; align-items: flex-end; gap: .5rem; }}
+#actions, #remedies {{ justify-content: flex-start; align-items: flex-end; gap: .5rem; margin-left: .75rem; }}
 #actions > *, #remedies > * {{ flex: 0 1 auto; }}
-:is(#actions, #remedies) {{ margin-left: .75rem; }}
 #actions > .form {{ flex: 0 0 7rem !important; min-width: 0 !important; background: none; border: 0; }}
 #actions > .form > .block {{ background: none; padding: 0; }}
 :is(#actions, #remedies):not(:has(button)) {{ display: none; }}

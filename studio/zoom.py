@@ -3,7 +3,6 @@
 The choice is the page's and goes with each of its looks, so it stays while the charts are drawn anew.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +11,8 @@ from studio.live import Range
 
 SHARES = {"": ("All", 1.0), "half": ("Last half", 0.5), "tenth": ("Last tenth", 0.1)}
 """What a page may ask for → its words, and the share of the steps so far."""
+
+_MOST_STEPS = 1e15
 
 
 def read(asked: object, steps: Sequence[float] | np.ndarray) -> Range | None:
@@ -27,20 +28,24 @@ def read(asked: object, steps: Sequence[float] | np.ndarray) -> Range | None:
     if isinstance(asked, str):
         share = SHARES.get(asked, ("", 1.0))[1]
         return (last - share * (last - first), last) if share < 1 else None
-    if not isinstance(asked, list) or len(asked) != 2 or not all(isinstance(v, int | float) for v in asked):
+    if not isinstance(asked, list) or len(asked) != 2 or not all(_is_a_step(value) for value in asked):
         return None
     low, high = sorted(map(float, asked))
-    return (low, high) if math.isfinite(low) and math.isfinite(high) and high - low >= 0.5 else None
+    return (low, high) if high - low >= 0.5 else None
+
+
+def _is_a_step(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) < _MOST_STEPS  # false for NaN, too
 
 
 def bar(asked: object, shown: Range | None) -> str:
     """Returns HTML of the buttons; the one of the steps that are `shown` is pressed."""
-    chosen = None if shown and not isinstance(asked, str) else asked if shown else ""
+    chosen = asked if shown else ""
     buttons = [
         f'<button type="button" data-steps="{name}" aria-pressed="{str(name == chosen).lower()}">{words}</button>'
         for name, (words, _) in SHARES.items()
     ]
-    if shown and chosen is None:
+    if shown and not isinstance(asked, str):
         buttons.append(f'<button type="button" aria-pressed="true">{shown[0]:.0f} to {shown[1]:.0f}</button>')
     return (
         '<div class="zoom" role="group" aria-label="Steps that the charts show">'

@@ -24,6 +24,7 @@ from tests.studio.tabs.pages import STARTED, step
         (["20", 40], None),
         ([20, math.nan], None),
         ([-math.inf, 5], None),
+        ([10**400, 5], None),
         ({"half": 1}, None),
         (None, None),
     ],
