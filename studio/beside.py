@@ -34,7 +34,7 @@ def view(first: Run, second: Run) -> str:
     for run, letter, color, soft in ((first, "1", ADAPTED, ADAPTED_SOFT), (second, "2", SECOND, SECOND_SOFT)):
         steps, evaluations = run.log.steps.columns(), run.log.evaluations
         losses = np.stack([steps["step"], steps["loss"]], axis=1)
-        curves.append(live.Curve(f"training ({letter})", soft, losses))
+        curves += live.with_mean(live.Curve(f"training ({letter})", soft, losses), f"mean of {{}} steps ({letter})")
         held_out = [(e.step, e.loss) for e in evaluations]
         curves.append(live.Curve(f"held-out ({letter})", color, held_out, dots=True, thickness=2))
     drawn = live.chart("Loss (nats per token)", curves, height=220, empty="Neither has taken a step here.")

@@ -17,6 +17,7 @@ _WIDTH, _HEIGHT = 1000, 100  # of the drawing's own units; it is stretched to th
 _MAX_STRIPS = 40  # to point at, in a chart that is large enough for it
 _STRIP_HEIGHT = 200
 _TOO_LARGE = 1e300
+_MEANS, _STRETCHES = 20, 4  # a mean is over four stretches of steps, and there are 20 stretches or more
 
 Point = tuple[float, float]
 Range = tuple[float, float]
@@ -33,6 +34,7 @@ class Curve:
             gap.
         dots: Whether each point is marked, too.
         thickness: Of the line, in pixels.
+        faint: Whether the line stands back behind another of the same colour.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Curve:
     points: Sequence[Point] | np.ndarray
     dots: bool = False
     thickness: float = 1.5
+    faint: bool = False
 
 
 def chart(title: str, curves: Sequence[Curve], *, height: int, empty: str = "", shown: Range | None = None) -> str:
@@ -119,6 +122,26 @@ def _within(points: Sequence[Point] | np.ndarray, shown: Range | None) -> Sequen
     ]
 
 
+def with_mean(curve: Curve, name: str = "mean of {} steps") -> list[Curve]:
+    """Returns a noisy curve, faint, and before it its mean over a few steps, by which it is read; a short one alone."""
+    table = np.asarray(curve.points, float).reshape(-1, 2)
+    rough = len(table) // _MEANS
+    if not rough:
+        return [curve]
+    power = 10 ** int(math.log10(rough))
+    stretch = max(m * power for m in (1, 2, 5) if m * power <= rough)
+    whole = len(table) // stretch * stretch
+    values = table[:whole, 1].reshape(-1, stretch)
+    is_drawn = np.abs(values) < _TOO_LARGE
+    sums, counts = (
+        np.convolve(each.sum(1), np.ones(_STRETCHES), "valid") for each in (np.where(is_drawn, values, 0.0), is_drawn)
+    )
+    means = np.divide(sums, counts, out=np.full(len(sums), math.nan), where=counts > 0)
+    steps = table[_STRETCHES * stretch - 1 : whole : stretch, 0]
+    mean = Curve(name.format(_STRETCHES * stretch), curve.color, np.stack([steps, means], 1), thickness=2.5)
+    return [replace(curve, faint=True), mean]
+
+
 def thin(points: Sequence[Point] | np.ndarray) -> list[Point]:
     """Returns at most `MAX_POINTS` points: of each stretch the lowest and the highest, so that spikes stay."""
     table = np.asarray(points, float).reshape(-1, 2)
@@ -167,7 +190,8 @@ def _path(curve: Curve, places: Sequence[Point]) -> str:
             pen = "L"
         else:
             pen = "M"
-    drawn = f'<path d="{"".join(line)}" {style} stroke-width="{curve.thickness}"/>'
+    faint = ' stroke-opacity=".5"' if curve.faint else ""
+    drawn = f'<path d="{"".join(line)}" {style}{faint} stroke-width="{curve.thickness}"/>'
     if curve.dots or len(line) == 1:
         dots = "".join(f"M{x:.1f} {y:.2f}h0" for x, y in places if _can_be_drawn(y))
         drawn += f'<path d="{dots}" {style} stroke-width="{4 * curve.thickness}" stroke-linecap="round"/>'

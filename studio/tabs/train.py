@@ -173,7 +173,7 @@ def losses(log: EventLog, shown: live.Range | None = None) -> str:
     """Returns HTML of a chart of the loss, of the rows that are trained on and of those held out."""
     steps, last = log.steps.columns(), log.evaluations[-1] if log.evaluations else None
     curves = [
-        live.Curve("training", ADAPTED_SOFT, np.stack([steps["step"], steps["loss"]], axis=1)),
+        *live.with_mean(live.Curve("training", ADAPTED_SOFT, np.stack([steps["step"], steps["loss"]], axis=1))),
         live.Curve("held-out rows", ADAPTED, [(e.step, e.loss) for e in log.evaluations], dots=True, thickness=2),
     ]
     is_of_rows = last is not None and bool(last.metrics)

@@ -137,3 +137,24 @@ def test_a_closer_look_shows_only_those_steps_and_where_the_lines_go_on():
     assert "data-steps" in live.chart("Loss", [training], height=100)
     between = live.chart("Loss", [held_out], height=100, shown=(5, 7))
     assert [x for x, _ in drawn(between)[0]] == [-500, 1500], "no value there: the line alone"
+
+
+@pytest.mark.parametrize(("length", "window"), [(19, 0), (20, 4), (47, 8), (199, 20), (2000, 400)])
+def test_a_noisy_curve_is_read_by_the_mean_over_its_last_steps(length, window):
+    values = [math.nan if step % 7 == 3 else math.sin(step) + 2 for step in range(1, length + 1)]
+    points = list(zip(range(1, length + 1), values, strict=True))
+    noisy, *means = live.with_mean(live.Curve("training", "red", points))
+    assert noisy.faint == bool(means) == bool(window)
+    for mean in means:
+        assert mean.name == f"mean of {window} steps"
+        steps = mean.points[:, 0]
+        assert steps[0] == window and length - steps[-1] < window / 4
+        for step, value in mean.points:
+            counted = [v for s, v in points if step - window < s <= step and math.isfinite(v)]
+            assert value == pytest.approx(sum(counted) / len(counted))
+
+
+def test_where_no_step_is_finite_neither_is_the_mean():
+    points = [(step, math.nan if 20 < step < 30 else 1e200) for step in range(1, 41)]
+    _, mean = live.with_mean(live.Curve("", "red", points))
+    assert {step for step, value in mean.points if not math.isfinite(value)} == {28}  # which alone counts 21 to 28
