@@ -38,9 +38,8 @@ def build(studio: Studio) -> gr.Blocks:
                 head = gr.HTML(
                     _TITLE,
                     elem_id="head",
-                    js_on_load=watch.JS + zoom.JS + links.JS + ends.JS + learn.JS,
+                    js_on_load=watch.JS + zoom.JS + links.JS + spectrum.JS + ends.JS + learn.JS,
                     server_functions=[look],
-                    run=None,
                 )
             with gr.Column(scale=4, min_width=300):
                 run_id = gr.Dropdown([], label="Run shown in Train, Spectrum, Chat and Take home", elem_id="run")
@@ -54,33 +53,24 @@ def build(studio: Studio) -> gr.Blocks:
                 data_tab = data.build(studio, page, model_tab.model)
             with gr.Tab("Train", id="train") as train_page:
                 train_tab = train.build()
-                _follow_run(studio, head, run_id, train_tab)
-            with gr.Tab("Spectrum", id="spectrum") as spectrum_tab:
-                looked_at = spectrum.build(studio, run_id, spectrum_tab.select)
-            with gr.Tab("Chat", id="chat") as chat_tab:
+            with gr.Tab("Spectrum", id="spectrum"):
+                looked_at = spectrum.build(studio, run_id, head)
+            with gr.Tab("Chat", id="chat"):
                 with gr.Column() as talk:
-                    chat.build(studio, run_id, chat_tab.select)
-                labels.build(studio, run_id, chat_tab.select, talk)
-            with gr.Tab("Runs", id="runs") as runs_tab:
-                runs.build(studio, run_id, runs_tab.select, tabs)
+                    chat.build(studio, run_id, links.event(head, "see_chat"))
+                labels.build(studio, run_id, links.event(head, "see_chat"), talk)
+            with gr.Tab("Runs", id="runs"):
+                runs.build(studio, run_id, links.event(head, "see_runs"), tabs)
                 experiments.build(studio)
-            with gr.Tab("Take home", id="home") as home_tab:
-                home.build(
-                    studio, run_id, home_tab.select, runs.picker, [tabs, *looked_at.pair.outputs], looked_at.pair.show
-                )
+            with gr.Tab("Take home", id="home"):
+                show_pair = [tabs, *looked_at.pair.outputs], looked_at.pair.show
+                home.build(studio, run_id, links.event(head, "see_home"), runs.picker, *show_pair)
+        for tab in tabs.children:
+            tab.select(None, js=links.opens(tab.id), api_visibility="private")
+        run_id.change(None, run_id, js=links.CHOSE, api_visibility="private")
         _open(studio, page, head, run_id, tabs, looked_at)
         _wire(studio, page, head, run_id, model_tab, data_tab, train_tab, train_page)
     return page
-
-
-def _follow_run(studio: Studio, head: Any, run_id: Any, train_tab: train.TrainTab) -> None:
-    """Has the header and Train show the run that is chosen; before other tabs are built, as listeners take turns."""
-
-    def show(run: str | None) -> list[Any]:
-        return [gr.HTML(run=run), *_controls(studio, run)]
-
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-    run_id.change(studio.guard(show), run_id, [head, *train_tab.controls], queue=False, **quiet)
 
 
 def _controls(studio: Studio, run: str | None) -> list[Any]:
@@ -134,6 +124,9 @@ def _wire(
     inputs += train_tab.method.widgets + train_tab.evaluation.widgets
     num_train, num_method = len(train_tab.form.widgets), len(train_tab.method.widgets)
 
+    def controls(run: str | None) -> list[Any]:
+        return _controls(studio, run)
+
     def turned(run: str | None) -> list[Any]:
         listed = runs.choices(studio, studio.runs.list())
         ids = [run_id for _, run_id in listed]
@@ -182,11 +175,12 @@ def _wire(
         return studio.guard(done)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-    gr.on([page.load, train_page.select], studio.guard(train.gpu_choices), None, train_tab.gpus, **quiet)
+    gr.on(train_page.select, studio.guard(train.gpu_choices), None, train_tab.gpus, **quiet)
     last: dict[str, Any] = {"trigger_mode": "always_last"}  # of ticks that follow fast, none is lost
     train_tab.gpus.input(studio.guard(train.device_of), train_tab.gpus, train_tab.device, queue=False, **last, **quiet)
     changed = [run_id, *train_tab.controls]
     head.turned(studio.guard(turned), run_id, changed, queue=False, **quiet)
+    head.see_train(studio.guard(controls), run_id, train_tab.controls, queue=False, **last, **quiet)
     train_tab.start.click(
         studio.guard(begin),
         [

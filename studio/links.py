@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
+from types import MethodType
+from typing import Any
 from urllib.parse import urlencode
 
 from core import LoRAError, quoted
@@ -46,6 +48,8 @@ def ways(run: str = "", /, **tabs: str) -> str:
 
 
 JS = """
+const SEES = {train: 'see_train', spectrum: 'see_spectrum', chat: 'see_chat', runs: 'see_runs', home: 'see_home'};
+window.follow = () => { if (SEES[window.openTab]) trigger(SEES[window.openTab]); };
 const go = (way) => {
     window.way = way;
     if (document.body.classList.contains('learning')) location.hash = '';
@@ -66,8 +70,25 @@ document.addEventListener('click', async (event) => {
     }
 });
 """
-"""Runs once, in the page's head: the buttons of `View.link`, and of `ways`, which raise the event `went`."""
+"""Runs once, in the page's head: the buttons of `View.link`, and of `ways`, which raise the event `went`; and what is
+drawn of the run in the header: only in the tab that is open, by its event `see_…`."""
 
+
+def event(head: Any, name: str) -> Any:
+    """Returns an event that a script of the page's head raises, as `gr.on` takes events.
+
+    `see_` and a tab: it is opened, or is open when another run is chosen.
+    """
+    return MethodType(getattr(head, name).func, head)
+
+
+def opens(tab: str) -> str:
+    """Returns what the page does when it opens a tab."""
+    return f"() => {{ window.openTab = '{tab}'; window.follow?.(); }}"
+
+
+CHOSE = "(run) => { window.runShown = run; window.follow?.(); }"
+"""What the page does when another run is chosen in its header."""
 
 GO = """() => {
     const {tab, run} = window.way;

@@ -31,6 +31,7 @@ const title = '{TITLE}', unseen = {1000 * LOOK_SECONDS_UNSEEN};
 """
     + """
 const page = Math.random().toString(36);
+window.runShown ??= null;
 let every = 2000, last = 0, open = null, run = null, turn = null, steps = '', going = [], share = null, mark = '';
 const alter = (text, now) => {  // only where it differs, as what is selected beside that stays so
     const old = text.data, both = Math.min(old.length, now.length);
@@ -72,7 +73,7 @@ const look = async () => {
         ({every, going, share} = now);
         for (const [id, [html, mark]] of Object.entries(now.parts)) put(id, html, mark);
         now.ended.forEach(tell);
-        if (turn !== now.turn) { turn = now.turn; trigger('turned'); }
+        if (turn !== now.turn) { turn = now.turn; trigger('turned'); if (window.openTab === 'runs') follow(); }
     } catch (error) {
         every = 2000;
         put('head-line', 'No answer from LoRA Studio: is it still running? Asking again …', '');
@@ -85,10 +86,10 @@ const tick = () => {
     if (document.title !== words) document.title = words;
     if (hidden && (!going.length || Date.now() - last < Math.max(every, unseen))) return;
     const seen = !hidden && document.getElementById('status')?.offsetParent != null;
-    if (Date.now() - last < every - 100 && seen === open && props.run === run) return;
+    if (Date.now() - last < every - 100 && seen === open && window.runShown === run) return;
     open = seen;
-    if (props.run !== run) steps = '';  // of another run
-    run = props.run;
+    if (window.runShown !== run) steps = '';  // of another run
+    run = window.runShown;
     look();
 };
 setInterval(tick, 200);

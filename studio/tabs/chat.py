@@ -71,8 +71,8 @@ def examples_for(run: Run | None) -> list[str]:
     return [str(e) for e in found.examples] if found else []
 
 
-def build(studio: Studio, run_id: Any, selected: Any) -> None:
-    """Draws the tab for the run that `run_id` holds."""
+def build(studio: Studio, run_id: Any, seen: Any) -> None:
+    """Draws the tab for the run that `run_id` holds, at the event `seen` anew."""
     past, live, order = gr.State(Conversation()), gr.State(Live()), gr.State([])
     told: dict[str, Any] = {s.name: {"label": s.label, "info": info(s.help, s.why)} for s in settings(ChatSettings)}
     with gr.Row(equal_height=False):
@@ -123,8 +123,12 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
     prompt_list.build(studio, run_id, num, [heat, top_p, longest, seed], inputs, file)
     heads, talks, engines = ([getattr(f, name) for f in forms] for name in ("head", "talk", "engine"))
     picture = [*heads, *talks, *engines]
+    cleared = [past, ballot, *picture]
+    shown_of = gr.State("")  # the run that all this was filled for
 
-    def filled(run: str | None, is_new: bool, *values: Any) -> list[Any]:
+    def offer(run: str | None, before: str | None, *values: Any) -> list[Any]:
+        """Offers the runs that there are; for another run than `before`, all begins anew."""
+        is_new = run != before
         there = studio.runs.get(run) if run else None
         found = examples_for(there)
         first = found[0] if found else None
@@ -136,20 +140,15 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
             mine = dict(zip(panes.FIELDS, values[place * NUM_INPUTS + 1 :], strict=False))
             kept = {n: mine[n] if not is_new and mine[n] in ids else default for n in ("adapter", "plus")}
             updates += [gr.Dropdown(choices=runs, value=kept[name]) for name in kept]
+            updates.append(gr.skip() if kept["adapter"] == mine["adapter"] else panes.steps(studio, kept["adapter"]))
         message_now = (first or gr.skip()) if is_new else gr.skip()
         shown = gr.Dropdown(choices=found, value=first, visible=bool(found)) if is_new else gr.skip()
-        note = gr.skip() if runs and not is_new else "" if runs else theme.said(NOTHING) + links.ways(train="Train one")
-        return [note, shown, message_now, _tally(studio, there), *updates]
-
-    def opened(run: str | None, *values: Any) -> list[Any]:
-        return filled(run, False, *values)
-
-    def number_for(run: str | None) -> Any:
-        """Returns two panes, the base and what was trained, where it can be neither merged nor cut."""
-        return 2 if run and studio.runs.get(run).spec.method.method != "lora" else gr.skip()
-
-    def switched(run: str | None, *values: Any) -> list[Any]:
-        return filled(run, True, *values)
+        had_any = any(values[1::NUM_INPUTS]) and not is_new
+        note = gr.skip() if runs and had_any else "" if runs else theme.said(NOTHING) + links.ways(train="Train one")
+        # The base and what was trained, where that can be neither merged nor cut.
+        number = 2 if is_new and there and there.spec.method.method != "lora" else gr.skip()
+        begun = begin_anew(number, *values) if is_new else [gr.skip()] * len(cleared)
+        return [run, note, shown, message_now, _tally(studio, there), number, *updates, *begun]
 
     def answer(
         run: str, before: Conversation, text: str, now: Live, is_blind: bool, is_coloured: bool, *values: Any
@@ -263,20 +262,10 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
         return studio.guard(write)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    adapters = [form.fields[name] for form in forms for name in ("adapter", "plus")]
-    chosen = [notes, examples, message, tally, *adapters]
-    gr.on(
-        [selected],
-        studio.guard(opened),
-        [run_id, *inputs],
-        chosen,
-        concurrency_limit=None,
-        **quiet,
-    )
-    changed = run_id.change(studio.guard(switched), [run_id, *inputs], chosen, concurrency_limit=None, **quiet)
-    run_id.change(studio.guard(number_for), run_id, num, queue=False, **quiet)
-    cleared = [past, ballot, *picture]
-    changed.then(studio.guard(begin_anew), [num, *inputs], cleared, queue=False, **quiet)
+    adapters = [form.fields[name] for form in forms for name in ("adapter", "plus", "step")]
+    drawn = [shown_of, notes, examples, message, tally, num, *adapters, *cleared]
+    last: dict[str, Any] = {"trigger_mode": "always_last", "concurrency_limit": None}
+    gr.on(seen, studio.guard(offer), [run_id, shown_of, *inputs], drawn, **last, **quiet)
     examples.input(lambda e: e, examples, message, queue=False, **quiet)
     gr.on(
         [num.change, blind.change],
@@ -294,7 +283,7 @@ def build(studio: Studio, run_id: Any, selected: Any) -> None:
             queue=False,
             **quiet,
         )
-        form.fields["adapter"].change(
+        form.fields["adapter"].input(
             studio.guard(lambda run: panes.steps(studio, run)),
             form.fields["adapter"],
             form.fields["step"],

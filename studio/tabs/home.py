@@ -117,7 +117,7 @@ def bring_in(studio: Studio, paths: list[str], model: str, scaling: str, parts: 
 def build(
     studio: Studio,
     run_id: Any,
-    selected: Any,
+    seen: Any,
     choices: Any,
     elsewhere: list[Any],
     show_pair: Callable[[Run, Run], list[Any]],
@@ -127,7 +127,7 @@ def build(
     Args:
         studio: What is served.
         run_id: The header's list of runs.
-        selected: The event that the tab is opened.
+        seen: The event at which it is drawn.
         choices: Returns what the list offers with a run chosen.
         elsewhere: The tabs, and what shows two adapters beside each other there.
         show_pair: Returns what the latter are set to.
@@ -246,7 +246,7 @@ def build(
     last: dict[str, Any] = {"trigger_mode": "always_last"}
     private: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
     outputs = [shown, begin, cancel, ready, timer]
-    gr.on([selected, run_id.change], studio.guard(show), run_id, [*outputs, links], **last, **private)
+    gr.on(seen, studio.guard(show), run_id, [*outputs, links], **last, **private)
     timer.tick(studio.guard(state), run_id, outputs, **private)
     kind.change(studio.guard(types), kind, dtype, **private)
     begin.click(studio.guard(start), [run_id, kind, dtype, force], [*outputs, links], **private)

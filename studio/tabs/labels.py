@@ -74,9 +74,12 @@ def asked(run: Run, strength: float, beside: str) -> list[tuple[str, str, Pane]]
     return [("Base", "", Pane()), ("Adapter", note, own), third]
 
 
-def build(studio: Studio, run_id: Any, selected: Any, talk: Any) -> None:
-    """Draws the part, which stands in the place of `talk`, the chat, for a run whose model gives labels."""
-    held, truth = gr.State([]), gr.State(("", "", ""))
+def build(studio: Studio, run_id: Any, opened: Any, talk: Any) -> None:
+    """Draws the part, which stands in the place of `talk`, the chat, for a run whose model gives labels.
+
+    It is drawn anew at the event `opened`, for another run than before.
+    """
+    held, truth, shown_of = gr.State([]), gr.State(("", "", "")), gr.State("")
     with gr.Column(visible=False, elem_id="label-view") as view:
         with gr.Row(equal_height=False):
             with gr.Column(scale=7, min_width=320):
@@ -110,11 +113,13 @@ def build(studio: Studio, run_id: Any, selected: Any, talk: Any) -> None:
         gr.HTML(label_page.legend(), padding=False)
     picture = [*heads, *bars, *engines]
 
-    def show(run: str | None) -> list[Any]:
+    def show(run: str | None, before: str | None) -> list[Any]:
         """Returns which of chat and labels is seen, and what the run offers to ask."""
+        if run == before:
+            return [gr.skip()] * (10 + len(picture))
         there = studio.runs.get(run) if run else None
         is_labelled = there is not None and there.spec.data.is_labelled
-        seen = [gr.Column(visible=not is_labelled), gr.Column(visible=is_labelled)]
+        seen = [run, gr.Column(visible=not is_labelled), gr.Column(visible=is_labelled)]
         if there is None or not is_labelled:
             return [*seen, *[gr.skip()] * (7 + len(picture))]
         found = examples_of(studio, there)
@@ -168,10 +173,11 @@ def build(studio: Studio, run_id: Any, selected: Any, talk: Any) -> None:
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     gr.on(
-        [selected, run_id.change],
+        opened,
         studio.guard(show),
-        run_id,
-        [talk, view, first, second, rows, held, truth, beside, note, *picture],
+        [run_id, shown_of],
+        [shown_of, talk, view, first, second, rows, held, truth, beside, note, *picture],
+        trigger_mode="always_last",
         concurrency_limit=None,
         **quiet,
     )

@@ -199,8 +199,8 @@ def _packed(run_id: str, folder: Path) -> Path:
     return folder / f"{run_id}-adapter.zip"
 
 
-def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
-    """Draws the tab; opening a run sets `run_id` and goes to another of `tabs`."""
+def build(studio: Studio, run_id: Any, seen: Any, tabs: Any) -> None:
+    """Draws the tab, at the event `seen` anew; opening a run sets `run_id` and goes to another of `tabs`."""
     gr.Markdown("## All runs\nA click on a row chooses that run, here and in the header.")
     table = gr.Dataframe(
         headers=HEADER, interactive=False, show_label=False, elem_id="runs-table", max_height=460, wrap=False
@@ -236,19 +236,19 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
         rows, runs = listed(studio)
         return {"headers": HEADER, "data": rows}, [run.id for run in runs]
 
-    def show(run: str) -> tuple[Any, ...]:
+    def show(run: str, second: str | None) -> tuple[Any, ...]:
+        rest = [one for one in studio.runs.list() if one.id != run]
+        second = second if second in [one.id for one in rest] else None
+        others = gr.Dropdown(choices=choices(studio, rest), value=second)
         if not run:
             words = "No run yet. Each that is trained is listed here, with its settings, its losses and its adapter."
-            return theme.said(words) + links.ways(train="Train one"), gr.DownloadButton(interactive=False)
+            told = theme.said(words) + links.ways(train="Train one")
+            return told, gr.DownloadButton(interactive=False), others, ""
         found = studio.runs.get(run)
         # Packed before the click: the button hands out what it holds when it is pressed.
         file = pack(found, studio.workspace.downloads) if found.has_adapter else None
-        return details(found), gr.DownloadButton(value=file, interactive=file is not None)
-
-    def others(run: str, chosen: str | None) -> Any:
-        found = [one for one in studio.runs.list() if one.id != run]
-        kept = chosen if chosen in [one.id for one in found] else None
-        return gr.Dropdown(choices=choices(studio, found), value=kept)
+        button = gr.DownloadButton(value=file, interactive=file is not None)
+        return details(found), button, others, set_beside(run, second)
 
     def set_beside(run: str, chosen: str | None) -> str:
         if not run or not chosen or run == chosen:
@@ -279,10 +279,10 @@ def build(studio: Studio, run_id: Any, selected: Any, tabs: Any) -> None:
         return gr.Group(visible=False), gr.Dropdown(choices=left, value=left[0][1] if left else None), *fill()
 
     private: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None, "show_progress": "hidden"}
-    gr.on([selected, run_id.change], studio.guard(fill), None, [table, ids], **private)
-    gr.on([selected, run_id.change], studio.guard(show), run_id, [chosen, download], **private)
-    gr.on([selected, run_id.change], studio.guard(others), [run_id, other], other, **private)
-    gr.on([selected, run_id.change, other.change], studio.guard(set_beside), [run_id, other], compared, **private)
+    last: dict[str, Any] = {"trigger_mode": "always_last"}
+    gr.on(seen, studio.guard(fill), None, [table, ids], **last, **private)
+    gr.on(seen, studio.guard(show), [run_id, other], [chosen, download, other, compared], **last, **private)
+    other.input(studio.guard(set_beside), [run_id, other], compared, **last, **private)
     table.select(studio.guard(choose), ids, run_id, **private)
     for button, tab in ((to_train, "train"), (to_spectrum, "spectrum"), (to_chat, "chat"), (to_home, "home")):
         button.click(lambda tab=tab: gr.Tabs(selected=tab), None, tabs, queue=False, **private)

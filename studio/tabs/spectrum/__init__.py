@@ -6,10 +6,13 @@ from typing import Any
 
 import gradio as gr
 
+from studio import links
 from studio.runs import Run
 from studio.state import Studio
 from studio.tabs.spectrum import chooser, compare, intruding, matrix, operating, overview, past, reading
-from studio.tabs.spectrum.frame import PRIVATE, Frame
+from studio.tabs.spectrum.frame import JS, PRIVATE, Frame
+
+__all__ = ["JS", "Pair", "SpectrumTab", "build"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,12 @@ class SpectrumTab:
     open: Callable[[str, str, str], list[Any]]
 
 
-def build(studio: Studio, run_id: Any, selected: Any) -> SpectrumTab:
-    """Draws the tab for the run that `run_id` holds; `selected` is the event that the tab is opened."""
-    source, chosen, view, files, of_run, shown = chooser.build(studio, run_id, selected)
-    section = gr.State("overview")
+def build(studio: Studio, run_id: Any, head: Any) -> SpectrumTab:
+    """Draws the tab for the run that `run_id` holds; `head` is the page's, with `links.JS` and `JS`."""
+    seen = links.event(head, "see_spectrum")
+    source, chosen, view, files, of_run, shown = chooser.build(studio, run_id, seen)
     with gr.Column(visible=False) as body, gr.Tabs(elem_id="sections") as sections:
-        frame = Frame(studio, source, chosen, view, files, section, sections)
+        frame = Frame(studio, source, chosen, view, files, head, sections)
         with gr.Tab("Overview", id="overview") as tab:
             overview.build(frame, tab)
         with gr.Tab("One matrix", id="matrix") as tab:
@@ -68,7 +71,6 @@ def build(studio: Studio, run_id: Any, selected: Any) -> SpectrumTab:
     pair = Pair([sections, other], lambda a, b: [gr.Tabs(selected="compare"), compare.choice(studio, a, b)])
 
     def open_at(run: str, name: str, module: str) -> list[Any]:
-        places = [gr.Tabs(selected=name), name] if name else [gr.skip(), gr.skip()]
-        return [*of_run(run, module), *places]
+        return [*of_run(run, module), gr.Tabs(selected=name) if name else gr.skip()]
 
-    return SpectrumTab(sections, pair, [*shown, sections, section], open_at)
+    return SpectrumTab(sections, pair, [*shown, sections], open_at)

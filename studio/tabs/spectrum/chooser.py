@@ -56,14 +56,14 @@ def about(opened: Opened) -> str:
     return theme.said(words, "warn" if len(words) > 1 else "")
 
 
-def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, Any, Callable[..., Any], list[Any]]:
+def build(studio: Studio, run_id: Any, seen: Any) -> tuple[Any, Any, Any, Any, Callable[..., Any], list[Any]]:
     """Draws the choices.
 
     Returns:
         `source`, `matrix`, `view` and `files` of `Frame`; a function that returns how a run, and a matrix of it, is
         shown; and the components that show it.
     """
-    source, view, files = gr.State(None), gr.State(None), gr.State(())
+    source, view, files, shown_of = gr.State(None), gr.State(None), gr.State(()), gr.State("")
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=280):
             said = gr.HTML(elem_id="looking-at")
@@ -112,15 +112,10 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, An
         chosen = chosen if chosen in spectra else max(spectra, key=lambda path: spectra[path][1].norm)
         return place, about(opened), gr.Dropdown(choices=list(spectra), value=chosen)
 
-    def follow(run: str | None, place: Any, chosen: str | None) -> Any:
-        if place is not None and place[0].run in ("", run):  # the tab was left and is seen again
-            return look(place[0], chosen)
-        return of_run(run)
-
-    def follow_run(run: str | None, place: Any, chosen: str | None) -> Any:
-        if place is not None and place[0].run == run:  # the page was opened at a matrix of this run
-            return look(place[0], chosen)
-        return of_run(run)
+    def follow(run: str | None, before: str | None, place: Any, chosen: str | None) -> Any:
+        # The tab was left and is seen again, or the page was opened at a matrix of this run.
+        is_kept = place is not None and (run == before or place[0].run == run)
+        return run, *(look(place[0], chosen) if is_kept else of_run(run))
 
     def read_again(run: str | None, place: Any, chosen: str | None) -> Any:
         return of_run(run) if place is None else look(place[0], chosen)
@@ -137,8 +132,8 @@ def build(studio: Studio, run_id: Any, selected: Any) -> tuple[Any, Any, Any, An
 
     shown = [source, said, matrix]
     hidden = {"show_progress": "hidden", **PRIVATE}
-    selected(studio.guard(follow), [run_id, source, matrix], shown, **hidden)
-    run_id.change(studio.guard(follow_run), [run_id, source, matrix], shown, **hidden)
+    last = {"trigger_mode": "always_last", **hidden}
+    gr.on(seen, studio.guard(follow), [run_id, shown_of, source, matrix], [shown_of, *shown], **last)
     again.click(studio.guard(read_again), [run_id, source, matrix], shown, **hidden)
     upload.upload(studio.guard(take), upload, path, **hidden)
     given = [files, path, scaling, parts, model]

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from core import LoRAError
+from studio import links
 from studio.opened import Source
 from studio.pictures import Picture, Pictures
 from studio.state import Studio
@@ -30,6 +31,32 @@ element.addEventListener('click', async (event) => {
 """
 """Runs where a picture is: its buttons download it, and what can be pointed at raises the event `pointed`."""
 
+_SECTIONS = ("overview", "matrix", "past", "reading", "compare", "operating", "intruders")
+
+JS = (
+    f"""
+const DRAWS = new Set({[f"draw_{name}_{what}" for name in _SECTIONS for what in ("source", "view")]});
+"""
+    + """
+const due = new Set();
+window.section = 'overview';
+window.draw = (...changed) => {
+    if (!due.size) setTimeout(() => {
+        const events = [...due].map((what) => `draw_${window.section}_${what}`).filter((name) => DRAWS.has(name));
+        due.clear();
+        events.forEach((name) => trigger(name));
+    }, 20);  // where both change, and a section is opened with them, it is drawn once
+    changed.forEach((what) => due.add(what));
+};
+window.openSection = (name) => {
+    if (window.section !== name) window.draw('source', 'view');  // the page opens at one, which is drawn by its changes
+    window.section = name;
+};
+"""
+)
+"""Runs once, in the page's head: has the section that is seen drawn, by its events `draw_…`, when it is opened, or when
+the source or the view of `Frame` changes. A State for each would have Gradio ask every section, one after another."""
+
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": None}
 
 
@@ -43,11 +70,10 @@ class Frame:
         matrix: The choice of one matrix by its path.
         view: State with the source and the matrix, which changes once when both do.
         files: State with the sources of the adapters that were opened from files.
-        section: State with the id of the section that is seen.
+        head: The page's, with `links.JS` and `JS`.
         sections: The `gr.Tabs` of the sections.
         pictures: What was drawn last.
         tabs: Section → its `gr.Tab`.
-        turns: (section, whether by matrix) → State that changes when the section is to be drawn anew.
     """
 
     studio: Studio
@@ -55,11 +81,10 @@ class Frame:
     matrix: Any
     view: Any
     files: Any
-    section: Any
+    head: Any
     sections: Any
     pictures: Pictures = field(default_factory=Pictures)
     tabs: dict[str, Any] = field(default_factory=dict)
-    turns: dict[tuple[str, bool], Any] = field(default_factory=dict)
 
     def picture(self, elem_id: str, **options: Any) -> gr.HTML:
         """Draws the place of a picture; its value is what `put` returns. `pointed` is the event of its areas."""
@@ -108,8 +133,7 @@ class Frame:
         nothing = gr.skip() if len(outputs) == 1 else [gr.skip()] * len(outputs)
 
         def draw(looked_at: tuple[Source, Any] | tuple[Source, Any, str] | None, *values: Any) -> Iterator[Any]:
-            given, seen = values[: len(inputs)], values[len(inputs) :]
-            if looked_at is None or seen not in ((), (tab.id,)):
+            if looked_at is None:
                 yield nothing
                 return
             source, _, *path = looked_at
@@ -117,41 +141,22 @@ class Frame:
             if not all(one in opened.adapter.factors for one in path):
                 yield nothing
                 return
-            found = show(opened, *path, *given)
+            found = show(opened, *path, *values)
             yield from found if is_stream else (found,)
 
         draw.__name__ = show.__name__
         self.tabs[tab.id] = tab
-        if (tab.id, by_matrix) not in self.turns:
-            self.turns[tab.id, by_matrix] = gr.State(0)
-        events = [self.turns[tab.id, by_matrix].change, *also]
-        # The section that is seen is asked for, too: a page takes each State that is set first for a new one, even
-        # where it is left as it is.
-        given = [self.view if by_matrix else self.source, *inputs, self.section]
-        options = {"show_progress": "minimal", **PRIVATE, **options}
+        events = [links.event(self.head, f"draw_{tab.id}_{'view' if by_matrix else 'source'}"), *also]
+        given = [self.view if by_matrix else self.source, *inputs]
+        options = {"show_progress": "minimal", "trigger_mode": "always_last", **PRIVATE, **options}
         return gr.on(events, self.studio.guard(draw), given, [*outputs], **options)
 
     def follow(self) -> None:
         """Has the section that is seen, and no other, drawn when it is opened and when what is looked at changes.
 
-        For once all are built. Gradio asks a page's listeners of one event one after another, so those of hidden
-        sections would be waited for. All goes through its queue: of a State that is set past it no page is told.
+        For once all are built.
         """
-        hidden: dict[str, Any] = {"show_progress": "hidden", **PRIVATE}
-        for looked_at, by_matrix in ((self.source, False), (self.view, True)):
-            turns = {section: turn for (section, kind), turn in self.turns.items() if kind == by_matrix}
-
-            def take_turns(seen: str, *now: int, names: tuple[str, ...] = tuple(turns)) -> list[Any]:
-                return [turn + 1 if name == seen else gr.skip() for name, turn in zip(names, now, strict=True)]
-
-            places = [*turns.values()]
-            looked_at.change(take_turns, [self.section, *places], places, **hidden)
+        for what, state in (("source", self.source), ("view", self.view)):
+            state.change(None, js=f"() => window.draw('{what}')", api_visibility="private")
         for name, tab in self.tabs.items():
-
-            def open_section(seen: str, *now: int, name: str = name) -> list[Any]:
-                if seen == name:  # the page was opened at it: it is drawn once what is looked at is known
-                    return [gr.skip()] * (1 + len(now))
-                return [name, *(turn + 1 for turn in now)]
-
-            places = [self.section, *(turn for (section, _), turn in self.turns.items() if section == name)]
-            tab.select(open_section, places, places, **hidden)
+            tab.select(None, js=f"() => window.openSection('{name}')", api_visibility="private")

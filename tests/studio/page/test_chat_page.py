@@ -235,10 +235,15 @@ def test_the_panes_offer_the_adapters_on_the_same_base_and_keep_what_was_chosen(
     write_run([STARTED], dataclasses.replace(trained.spec, model="starter"))
     second = write_run([STARTED], dataclasses.replace(trained.spec, name="Second"))
     shutil.copytree(trained.adapter_folder, second.adapter_folder)
-    for name, chosen in (("opened", second.id), ("switched", trained.id)):
-        *_, adapter, plus = handler(page, name, "tally")(trained.id, *pane_values("Base", run=second.id))
+    (event,) = events(page, "offer")
+    names = [getattr(output, "label", None) for output in event.outputs]
+    for before, chosen in ((trained.id, second.id), ("", trained.id), (second.id, trained.id)):
+        told = event.fn(trained.id, before, *pane_values("Base", run=second.id))
+        adapter, plus = (told[names.index(name)] for name in ("Adapter of", "Plus the adapter of"))
         assert {i for _, i in update(adapter)["choices"]} == {trained.id, second.id}
         assert update(adapter)["value"] == update(plus)["value"] == chosen
+        is_begun_anew = any(isinstance(value, Conversation) for value in told)
+        assert is_begun_anew == (before != trained.id), "what was said stays while the tab is away"
 
 
 def test_the_adapter_s_zip_holds_what_peft_reads_and_follows_the_adapter(trained, workspace, tmp_path):

