@@ -66,7 +66,8 @@ def build(studio: Studio) -> gr.Blocks:
                 show_pair = [tabs, *looked_at.pair.outputs], looked_at.pair.show
                 home.build(studio, run_id, links.event(head, "see_home"), runs.picker, *show_pair)
         for tab in tabs.children:
-            tab.select(None, js=links.opens(tab.id), api_visibility="private")
+            if isinstance(tab, gr.Tab):
+                tab.select(None, js=links.opens(str(tab.id)), api_visibility="private")
         run_id.change(None, run_id, js=links.CHOSE, api_visibility="private")
         _open(studio, page, head, run_id, tabs, looked_at)
         _wire(studio, page, head, run_id, model_tab, data_tab, train_tab, train_page)

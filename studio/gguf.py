@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from studio.model_files import check_counts, one_line
 from studio.workspace import Workspace
 
 _CONVERSION = 1  # raise it when converted files must be made anew
+
+_READING = threading.RLock()
 
 
 def converted_folder(file: Path, workspace: Workspace) -> Path:
@@ -159,7 +162,7 @@ def _write(file: Path, tree: Any, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
-        with _no_bar():
+        with _no_bar(), _quick_reading():
             # From an empty folder: an adapter beside the file would be applied to it where PEFT is installed. By an
             # absolute `gguf_file`: a bare name would be looked for in the current folder first.
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -209,9 +212,10 @@ def _parse_config(file: Path, num_bytes: int, mtime_ns: int) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
-            file.parent, gguf_file=str(file), trust_remote_code=False, local_files_only=True
-        )
+        with _quick_reading():
+            config = AutoConfig.from_pretrained(
+                file.parent, gguf_file=str(file), trust_remote_code=False, local_files_only=True
+            )
     except Exception as error:  # as in `_write`
         raise _refusal(file, error) from error
     values = config.to_dict()
@@ -230,6 +234,34 @@ def _refusal(file: Path, error: Exception) -> LoRAError:
         f"`model` (={file.name!r}) must be a whole GGUF file of a family that transformers reads; "
         f"this one is refused ({one_line(error)}). Fetch it again, or name another model."
     )
+
+
+@contextlib.contextmanager
+def _quick_reading() -> Iterator[None]:
+    """Has transformers read a file once for its weights and its tokenizer, from a plain array, and name tensors once.
+
+    Its head holds 150,000 words and more, and a piece of a `memmap` takes several times as long to cut as one of a
+    plain array; the names of all tensors are made anew for each of the model's modules.
+    """
+    import gguf
+    import numpy as np
+
+    class Reader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    names = vars(importlib.import_module("gguf"))
+    quick = {
+        "GGUFReader": functools.lru_cache(maxsize=1)(Reader),
+        "get_tensor_name_map": functools.lru_cache(maxsize=1)(gguf.get_tensor_name_map),
+    }
+    with _READING:
+        slow = {name: names[name] for name in quick}
+        names.update(quick)
+        try:
+            yield
+        finally:
+            names.update(slow)
 
 
 @contextlib.contextmanager

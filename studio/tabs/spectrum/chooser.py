@@ -113,9 +113,9 @@ def build(studio: Studio, run_id: Any, seen: Any) -> tuple[Any, Any, Any, Any, C
         return place, about(opened), gr.Dropdown(choices=list(spectra), value=chosen)
 
     def follow(run: str | None, before: str | None, place: Any, chosen: str | None) -> Any:
-        # The tab was left and is seen again, or the page was opened at a matrix of this run.
-        is_kept = place is not None and (run == before or place[0].run == run)
-        return run, *(look(place[0], chosen) if is_kept else of_run(run))
+        if place is not None and (run == before or place[0].run == run):
+            return run, *look(place[0], chosen)  # the tab is seen again, or the page was opened at a matrix of this run
+        return run, *of_run(run)
 
     def read_again(run: str | None, place: Any, chosen: str | None) -> Any:
         return of_run(run) if place is None else look(place[0], chosen)
