@@ -27,6 +27,19 @@ def workspace(tmp_path) -> Workspace:
 
 
 @pytest.fixture(scope="session")
+def measured(tmp_path_factory) -> Path:
+    """The cache of a workspace in which it was measured what the libraries take, as each workspace does once."""
+    import torch
+
+    from studio.planner import framework_share
+
+    once = Workspace(tmp_path_factory.mktemp("measured"))
+    for dtype in (torch.float32, torch.bfloat16):
+        framework_share(torch.device("cpu"), once, dtype)
+    return once.cache
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A Llama of two layers with random weights and a small tokenizer that writes chats as the starter does."""
     import torch

@@ -3,6 +3,7 @@
 import asyncio
 import html
 import re
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -82,6 +83,12 @@ class Page:
         return list(self.call("probe", self.asked, "", *self.values, place=place))
 
 
+@pytest.fixture
+def workspace(workspace, measured) -> Workspace:
+    shutil.copytree(measured, workspace.cache, dirs_exist_ok=True)
+    return workspace
+
+
 @pytest.fixture(autouse=True)
 def no_rest(monkeypatch):
     monkeypatch.setattr(forecast, "REST_SECONDS", 0.0)
@@ -94,8 +101,10 @@ def spec(tiny_folder, tiny_data) -> RunSpec:
 
 
 @pytest.fixture(scope="module")
-def drawn(spec, tmp_path_factory) -> Page:
-    return Page(Studio(Workspace(tmp_path_factory.mktemp("forecast"))), spec)
+def drawn(spec, tmp_path_factory, measured) -> Page:
+    workspace = Workspace(tmp_path_factory.mktemp("forecast"))
+    shutil.copytree(measured, workspace.cache, dirs_exist_ok=True)
+    return Page(Studio(workspace), spec)
 
 
 @pytest.fixture

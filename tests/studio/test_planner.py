@@ -11,6 +11,13 @@ from studio import __main__ as cli
 from studio.planner import Planner
 from studio.probe import Probe, Probing
 from studio.specs import RunSpec
+from studio.workspace import Workspace
+
+
+@pytest.fixture
+def workspace(workspace, measured) -> Workspace:
+    shutil.copytree(measured, workspace.cache, dirs_exist_ok=True)
+    return workspace
 
 
 @pytest.fixture
