@@ -171,7 +171,7 @@ CSS = f"""
 #actions > .form > .block {{ background: none; padding: 0; }}
 :is(#actions, #remedies):not(:has(button)) {{ display: none; }}
 #worker-log {{ margin: 0; max-height: 16rem; overflow: auto; font-size: .8rem; white-space: pre-wrap; }}
-.figure svg {{ width: 100%; height: auto; display: block; color: var(--body-text-color); }}
+.figure svg {{ width: 100%; min-width: 35rem; height: auto; display: block; color: var(--body-text-color); }}
 .figure {{ overflow-x: auto; }}
 .view .html-container {{ padding: 0 !important; }}
 .picture .below {{ display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .5rem 0; }}
