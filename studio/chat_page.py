@@ -27,6 +27,9 @@ CSS = """
 .pane-card { border-top: 3px solid var(--adapted) !important; padding-top: .6rem; }
 .pane-card:has(.pane-head.base), .pane-card:has(.pane-head.hidden) { border-top-color: var(--base) !important; }
 .pane-card:has(.pane-head.hidden) { border-top-color: var(--body-text-color-subdued) !important; }
+#panes { display: grid; grid-template-columns: repeat(auto-fit, minmax(270px, 1fr)); align-items: start; }
+#panes > .pane-card { display: grid; grid-template-rows: subgrid; grid-row: span 4; align-items: start; }
+.engine-line:empty { display: none; }
 .pane-head { font-weight: 600; display: flex; flex-wrap: wrap; gap: .1rem .6rem; align-items: baseline; }
 .pane-head span { font-weight: 400; color: var(--body-text-color-subdued); font-size: .85rem; overflow-wrap: anywhere; }
 .engine-line { font-size: .8rem; color: var(--body-text-color-subdued); font-variant-numeric: tabular-nums;

@@ -17,7 +17,7 @@ log = logging.getLogger("studio")
 
 V = TypeVar("V")
 
-_FORM = 2  # raise it when what lists show of a run is made otherwise
+_FORM = 3  # raise it when what lists show of a run is made otherwise
 
 
 class Shown:

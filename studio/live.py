@@ -17,7 +17,7 @@ _WIDTH, _HEIGHT = 1000, 100  # of the drawing's own units; it is stretched to th
 _MAX_STRIPS = 40  # to point at, in a chart that is large enough for it
 _STRIP_HEIGHT = 200
 _TOO_LARGE = 1e300
-_MEANS, _STRETCHES = 20, 4  # a mean is over four stretches of steps, and there are 20 stretches or more
+_MEANS, _STRETCHES = 40, 4  # a mean is over four stretches of steps, and there are 40 stretches or more
 
 Point = tuple[float, float]
 Range = tuple[float, float]
@@ -95,8 +95,10 @@ def chart(title: str, curves: Sequence[Curve], *, height: int, empty: str = "", 
         )
     if height >= _STRIP_HEIGHT:
         parts += _strips(drawn, left, right)
+    faint = {True: " faint", False: ""}
     key = "".join(
-        f'<span class="key" style="--key:{c.color}">{escape(c.name)} <b>{_number(c.points[-1][1])}</b></span>'
+        f'<span class="key{faint[c.faint]}" style="--key:{c.color}">{escape(c.name)} <b>{_number(c.points[-1][1])}</b>'
+        "</span>"
         for c in curves
         if len(c.points)
     )
@@ -137,7 +139,7 @@ def with_mean(curve: Curve, name: str = "mean of {} steps") -> list[Curve]:
         np.convolve(each.sum(1), np.ones(_STRETCHES), "valid") for each in (np.where(is_drawn, values, 0.0), is_drawn)
     )
     means = np.divide(sums, counts, out=np.full(len(sums), math.nan), where=counts > 0)
-    steps = table[_STRETCHES * stretch - 1 : whole : stretch, 0]
+    steps = table[_STRETCHES * stretch // 2 - 1 : whole : stretch, 0][: len(means)]  # in the middle, as else it lags
     mean = Curve(name.format(_STRETCHES * stretch), curve.color, np.stack([steps, means], 1), thickness=2.5)
     return [replace(curve, faint=True), mean]
 
@@ -222,5 +224,6 @@ def _number(value: float) -> str:
     if not _can_be_drawn(value):
         return "not finite"
     if 0 < abs(value) < 0.001:  # with its zeros it is wider than its place
-        return f"{value:.2e}".replace("e-0", "e-")
+        digits, power = f"{value:.2e}".split("e")
+        return f"{float(digits):g}e{int(power)}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -99,8 +99,8 @@ CSS = f"""
 #head-line {{ display: flex; flex-wrap: wrap; gap: .1rem 1.25rem; margin-top: .15rem; }}
 #head-line > div {{ display: flex; align-items: center; gap: .5rem; min-width: 0; overflow-wrap: anywhere; }}
 #head-line .progress {{ flex: 0 0 5rem; margin: 0; }}
-.facts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .6rem 1rem; margin: 0; }}
-.facts div {{ min-width: 0; }}
+.facts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(9.75rem, 1fr)); gap: .6rem 1rem; margin: 0; }}
+.facts div {{ min-width: 0; }} .facts .long {{ grid-column: 1 / -1; }}
 .facts dt {{ color: var(--body-text-color-subdued); font-size: .8rem; }}
 .facts dd {{ margin: 0; font-weight: 600; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }}
 :is(.scroll-x, .facts) + .said {{ margin-top: .75rem; }}
@@ -136,6 +136,7 @@ CSS = f"""
 .live figcaption {{ display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .85rem; margin-bottom: .35rem; }}
 .live .key::before {{ content: ""; display: inline-block; width: .9rem; border-top: 3px solid var(--key);
   vertical-align: middle; margin-right: .35rem; }}
+.live .key.faint::before {{ border-top-width: 1.5px; opacity: .6; }}
 .live .plot {{ position: relative; margin: 0 .6rem 0 3.2rem !important; border: solid var(--border-color-primary);
   border-width: 0 0 1px 1px; }}
 .live svg {{ position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; fill: none; }}
@@ -229,9 +230,13 @@ table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600;
 {bars.CSS}{chat_page.CSS}{label_page.CSS}{grid_page.CSS}{certificate.CSS}"""
 
 
+_LONG = 40  # letters of a value that has a line of its own
+
+
 def facts(pairs: list[tuple[str, str]]) -> str:
     """Returns HTML of labelled values; both are escaped."""
-    cells = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in pairs)
+    place = {True: ' class="long"', False: ""}
+    cells = "".join(f"<div{place[len(v) > _LONG]}><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in pairs)
     return f'<dl class="facts">{cells}</dl>'
 
 

@@ -109,7 +109,7 @@ def build(studio: Studio, run_id: Any, seen: Any) -> None:
     with gr.Row(visible=False, elem_id="ballot", elem_classes=["tight"]) as ballot:
         buttons = [gr.Button(f"Answer {n} is best", size="md", elem_id=f"vote-{n}") for n in range(1, 5)]
         buttons.append(gr.Button("Tie", size="md", elem_id="vote-tie"))
-    with gr.Row(equal_height=False):
+    with gr.Row(equal_height=False, elem_id="panes"):  # their answers begin at one height
         forms = [panes.draw(place) for place in range(len(LETTERS))]
     gr.HTML(chat_page.legend())
     with gr.Row(elem_classes=["tight"]):

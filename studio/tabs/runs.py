@@ -23,16 +23,18 @@ from studio.state import Studio
 HEADER = [
     "Name",
     "Status",
+    "Held-out loss",
+    "Training loss",
+    "Score",
+    "Steps",
     "Made",
     "Model",
     "Data",
     "Method",
     "r",
-    "Steps",
-    "Held-out loss",
-    "Score",
-    "Training loss",
 ]
+"""What tells runs apart first: on a narrow page the rest is scrolled to."""
+
 BLOCKS = "▁▂▃▄▅▆▇█"
 MOST_STEPS = 12
 """Steps of which a table shows what was measured."""
@@ -49,15 +51,15 @@ def row(run: Run) -> list[str]:
     return [
         spec.name,
         status,
+        f"{losses[0]:.3f} → {losses[-1]:.3f}" if len(losses) > 1 else "",
+        sparkline(log.steps.columns()["loss"]),
+        score(log),
+        f"{done} / {spec.train.steps}",
         f"{run.created:%Y-%m-%d %H:%M}",
         Path(spec.model).name,
         Path(spec.data.source).name.removeprefix("starter:"),
         spec.method.title,
         str(spec.lora.r) if spec.method.method == "lora" else "",
-        f"{done} / {spec.train.steps}",
-        f"{losses[0]:.3f} → {losses[-1]:.3f}" if len(losses) > 1 else "",
-        score(log),
-        sparkline(log.steps.columns()["loss"]),
     ]
 
 
@@ -91,7 +93,7 @@ def labelled_row(run: Run) -> list[str]:
     return [label(run), *row(run)]
 
 
-def sparkline(values: Sequence[float] | np.ndarray, width: int = 16) -> str:
+def sparkline(values: Sequence[float] | np.ndarray, width: int = 8) -> str:
     """Returns a row of block characters that rise and fall as `values` do, each the mean of a stretch."""
     finite = np.asarray(values, float)
     finite = finite[np.isfinite(finite)]
