@@ -67,7 +67,7 @@ class Picture:
         from studio.svg import to_svg  # which brings matplotlib: it is not needed to serve the page
 
         drawn = (
-            "" if self.figure is None else f'<div class="figure" tabindex="0">{to_svg(self.figure, self.title)}</div>'
+            "" if self.figure is None else f'<div class="figure">{to_svg(self.figure, self.title)}</div>'
         )
         buttons = "".join(
             f'<button type="button" data-get="{kind}" aria-label="{KINDS[kind][0]}: {escape(self.title)}">'

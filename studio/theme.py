@@ -96,6 +96,7 @@ CSS = f"""
 .studio-head h1 {{ font-size: 1.35rem; font-weight: 700; margin: 0; letter-spacing: -.01em; }}
 .studio-head .sub {{ order: 1; flex-basis: 100%; color: var(--body-text-color-subdued); font-size: .9rem; }}
 .sub-line {{ color: var(--body-text-color-subdued); font-size: .85rem; font-variant-numeric: tabular-nums; }}
+.tab-wrapper button.selected {{ color: var(--adapted-text); }}
 #head-line {{ display: flex; flex-wrap: wrap; gap: .1rem 1.25rem; margin-top: .15rem; }}
 #head-line > div {{ display: flex; align-items: center; gap: .5rem; min-width: 0; overflow-wrap: anywhere; }}
 #head-line .progress {{ flex: 0 0 5rem; margin: 0; }}
@@ -172,7 +173,7 @@ CSS = f"""
 #actions > .form > .block {{ background: none; padding: 0; }}
 :is(#actions, #remedies):not(:has(button)) {{ display: none; }}
 #worker-log {{ margin: 0; max-height: 16rem; overflow: auto; font-size: .8rem; white-space: pre-wrap; }}
-.figure svg {{ width: 100%; min-width: 35rem; height: auto; display: block; color: var(--body-text-color); }}
+.figure svg {{ width: 100%; height: auto; display: block; color: var(--body-text-color); }}
 .figure {{ overflow-x: auto; }}
 .view .html-container {{ padding: 0 !important; }}
 .picture .below {{ display: flex; flex-wrap: wrap; gap: .4rem; align-items: center; margin: .5rem 0; }}

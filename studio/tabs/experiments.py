@@ -88,7 +88,7 @@ def told(experiment: Experiment, result: Result) -> str:
 
     parts = [theme.said(list(result.findings))] if result.findings else []
     if result.figure is not None:
-        parts.append(f'<div class="figure" tabindex="0">{to_svg(result.figure(), experiment.title)}</div>')
+        parts.append(f'<div class="figure">{to_svg(result.figure(), experiment.title)}</div>')
     parts += [table(each) for each in result.tables if each.rows]
     differs = experiment.differs[0].upper() + experiment.differs[1:]
     return "".join([*parts, f'<p class="sub-line">What differs from the paper: {escape(differs)}</p>'])
