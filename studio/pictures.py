@@ -66,9 +66,7 @@ class Picture:
         """Returns it as HTML, with its downloads and its maths."""
         from studio.svg import to_svg  # which brings matplotlib: it is not needed to serve the page
 
-        drawn = (
-            "" if self.figure is None else f'<div class="figure">{to_svg(self.figure, self.title)}</div>'
-        )
+        drawn = "" if self.figure is None else f'<div class="figure">{to_svg(self.figure, self.title)}</div>'
         buttons = "".join(
             f'<button type="button" data-get="{kind}" aria-label="{KINDS[kind][0]}: {escape(self.title)}">'
             f"{KINDS[kind][0]}</button>"

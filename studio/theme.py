@@ -209,7 +209,7 @@ table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600;
 .measured small {{ display: block; color: var(--body-text-color-subdued); font-size: .8rem; }}
 .dark #tokens span {{ color: var(--body-text-color); }}
 .scroll-x {{ overflow-x: auto; }}
-.unseen {{ display: none !important; }}
+.unseen, .form:has(> .unseen:only-child) {{ display: none !important; }}
 .tight {{ justify-content: flex-start; gap: .5rem; flex-wrap: wrap; }} .tight > * {{ flex: 0 1 auto !important; }}
 .tight > button {{ min-width: 0 !important; }}
 .steps {{ margin: .4rem 0 0 1.2rem; padding: 0; font-size: .9rem; list-style: decimal; }}
@@ -221,7 +221,7 @@ table.plain thead th {{ color: var(--body-text-color-subdued); font-weight: 600;
 .download a {{ font-weight: 600; color: var(--adapted-text); overflow-wrap: anywhere; }}
 #fit-row {{ align-items: flex-end; gap: .5rem; }}
 #fit-row > button {{ flex: 0 1 auto; }}
-@media (max-width: 640px) {{ #fit-row > .form {{ flex-basis: 100% !important; }} }}
+@media (max-width: 1200px) {{ #fit-row > .form {{ flex-basis: 100% !important; }} }}
 :is(#probe-progress, #fitting, #task-note, #label-note):not(:has(.said, .progress)) {{ display: none; }}
 #offers {{ gap: .4rem; }}
 #offers:not(:has(button)) {{ display: none; }}
