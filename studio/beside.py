@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from studio import live
+from studio import live, markup
 from studio.palette import ADAPTED, ADAPTED_SOFT, SECOND, SECOND_SOFT
 from studio.runs import Run
 from studio.specs import PARTS
@@ -29,7 +29,6 @@ def view(first: Run, second: Run) -> str:
     rows = [*differences(first, second), *_results(first, second)]
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     head = "".join(f"<th>{escape(title)}</th>" for title in ("What differs", *titles))
-    table = f'<table class="plain"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     curves = []
     for run, letter, color, soft in ((first, "1", ADAPTED, ADAPTED_SOFT), (second, "2", SECOND, SECOND_SOFT)):
         steps, evaluations = run.log.steps.columns(), run.log.evaluations
@@ -38,7 +37,7 @@ def view(first: Run, second: Run) -> str:
         held_out = [(e.step, e.loss) for e in evaluations]
         curves.append(live.Curve(f"held-out ({letter})", color, held_out, dots=True, thickness=2))
     drawn = live.chart("Loss (nats per token)", curves, height=220, empty="Neither has taken a step here.")
-    return f'<div class="scroll-x">{table}</div><div class="charts">{drawn}</div>'
+    return f'{markup.table(f"<tr>{head}</tr>", body)}<div class="charts">{drawn}</div>'
 
 
 def _results(first: Run, second: Run) -> Iterator[tuple[str, str, str]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from core import Adapter, Certificate, LoRAError, World, certify, lora_layers, merge, merged_copy, quoted, unmerge
-from studio import models, setup
+from studio import markup, models, setup
 from studio.runs import Run
 from studio.workspace import Workspace
 
@@ -300,8 +300,7 @@ def card(report: Report) -> str:
     return (
         f'<div class="certificate{" red" if problems else ""}" role="status"><h3><b>{verdict}</b> · '
         f"{escape(report.what)}</h3>{rows}"
-        f'<div class="scroll-x"><table class="plain"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody>'
-        f'</table></div><p class="small">{escape(small)}</p></div>'
+        f'{markup.table(f"<tr>{head}</tr>", "".join(lines))}<p class="small">{escape(small)}</p></div>'
     )
 
 

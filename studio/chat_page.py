@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from studio import markup
 from studio.ballots import Score
 from studio.conversation import Turn
 from studio.shift import Shift
@@ -183,8 +184,8 @@ def tally(scores: Sequence[Score], name_of: Any, num_bad: int = 0) -> str:
     bad = f'<div class="sub-line">{num_bad} lines of the file could not be read.</div>' if num_bad else ""
     heads = "".join(f"<th>{h}</th>" for h in ("Pane", "Best", "Share", "95 % interval", "Ties"))
     return (
-        f'<div class="scroll-x"><table class="plain"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-        f'{bad}<div class="sub-line">Shares are of the votes that were no tie; Wilson score intervals. '
+        f"{markup.table(f'<tr>{heads}</tr>', rows)}{bad}"
+        '<div class="sub-line">Shares are of the votes that were no tie; Wilson score intervals. '
         "Where they overlap, more votes are needed before one is called better.</div>"
     )
 

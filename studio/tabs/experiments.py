@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from studio import theme
+from studio import markup, theme
 from studio.data import DataSpec
 from studio.experiments.base import SIZES, Asked, Experiment, Result, Table
 from studio.experiments.conduct import Conduct, named, start
@@ -101,10 +101,7 @@ def table(shown: Table) -> str:
         return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
     body = "".join(row(cells, "td") for cells in shown.rows)
-    return (
-        f'<h3>{escape(shown.title)}</h3><div class="scroll-x"><table class="plain">'
-        f"<thead>{row(shown.head, 'th')}</thead><tbody>{body}</tbody></table></div>"
-    )
+    return f"<h3>{escape(shown.title)}</h3>{markup.table(row(shown.head, 'th'), body)}"
 
 
 def build(studio: Studio) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import gradio as gr
 
 from core import LoRAError, quoted
-from studio import beside, capsule, certificate, export, export_jobs, imports, links, theme
+from studio import beside, capsule, certificate, export, export_jobs, imports, links, markup, theme
 from studio.checkpoints import ADAPTER_FILES
 from studio.export import DTYPES, KINDS, Choice
 from studio.export_jobs import Job
@@ -74,8 +74,7 @@ def others(jobs: list[Job]) -> str:
         f"<tr><td>{escape(_name(job))}</td><td>{escape(_ENDS.get(job.status, job.status).partition(':')[0])}</td></tr>"
         for job in jobs
     )
-    head = "<thead><tr><th>Other exports of this run</th><th>State</th></tr></thead>"
-    return f'<div class="scroll-x"><table class="plain">{head}<tbody>{lines}</tbody></table></div>'
+    return markup.table("<tr><th>Other exports of this run</th><th>State</th></tr>", lines)
 
 
 def link(file: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from core import LoRAError
-from studio import chat_page, data, prompts, theme
+from studio import chat_page, data, markup, prompts, theme
 from studio.runs import Run
 from studio.sampling import ChatSettings
 from studio.state import Studio
@@ -180,5 +180,4 @@ def _summary(titles: list[str], found: list[list[dict[str, float]]], words: str)
     if not rows:
         return lines
     heads = "".join(f"<th>{name}</th>" for name in ("Mean over the prompts", *prompts.METRICS))
-    table = f'<table class="plain"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
-    return f'{lines}<div class="scroll-x">{table}</div>'
+    return lines + markup.table(f"<tr>{heads}</tr>", rows)

@@ -12,7 +12,7 @@ import gradio as gr
 import numpy as np
 
 from core import LoRAError, MethodConfig, settings
-from studio import beside, evaluation, label_metrics, links, theme
+from studio import beside, evaluation, label_metrics, links, markup, theme
 from studio.event_log import EventLog
 from studio.generating import EvaluationSpec
 from studio.metrics import TASKS
@@ -162,10 +162,8 @@ def _table(spec: EvaluationSpec, found: list[evaluation.Kept]) -> str:
     )
     if len(found) > MOST_STEPS:
         words += f" {len(found) - MOST_STEPS} earlier steps are in the run's folder."
-    return (
-        f'<div class="measured"><p class="sub-line">{escape(words)}</p><div class="scroll-x"><table class="plain">'
-        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div></div>"
-    )
+    table = markup.table(f"<tr>{heads}</tr>", rows)
+    return f'<div class="measured"><p class="sub-line">{escape(words)}</p>{table}</div>'
 
 
 def _method(spec: RunSpec) -> list[tuple[str, str]]:

@@ -46,6 +46,8 @@ def test_a_status_stays_text_in_the_chip_and_in_its_class():
 
 def test_facts_are_pairs_and_sentences_are_paragraphs():
     assert Reader(theme.facts([("a", "1"), ("b", "2")])).text == ["a", "1", "b", "2"]
+    short, long = theme.facts([("a", "1" * 40)]), theme.facts([("a", "1" * 41)])
+    assert 'class="long"' in long and 'class="long"' not in short, "it would break into five lines beside others"
     assert Reader(theme.said(["One.", "Two."])).tags == ["div", "p", "p"]
     assert 'class="said error"' in theme.said("No.", "error")
 

@@ -17,7 +17,7 @@ from core import (
     amplification,
     random_sigma,
 )
-from studio import theme
+from studio import markup, theme
 from studio.links import View
 from studio.opened import Opened
 from studio.pictures import Picture, recipe
@@ -110,11 +110,11 @@ def table_7(columns: dict[str, Amplification | None]) -> str:
             f"they hold {delta.enrichment:.2f} times as much of W as random ones would. Well above 1: W had them "
             "already, only weakly. Near 1: they are new to W."
         )
-    return (
-        f'<div class="scroll-x"><table class="plain"><thead><tr><td></td><th scope="colgroup" colspan="{len(sources)}">'
-        f'This matrix</th><th scope="colgroup" colspan="3">GPT-3, r = 4 (paper)</th></tr>'
-        f'<tr><th scope="col">U, V from</th>{head}</tr></thead><tbody>{body}</tbody></table></div>{theme.said(words)}'
+    groups = (
+        f'<tr><td></td><th scope="colgroup" colspan="{len(sources)}">This matrix</th>'
+        '<th scope="colgroup" colspan="3">GPT-3, r = 4 (paper)</th></tr>'
     )
+    return markup.table(f'{groups}<tr><th scope="col">U, V from</th>{head}</tr>', body) + theme.said(words)
 
 
 def table_picture(opened: Opened, studio: Studio, path: str) -> Picture:

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from core import Adapter, LoRAError, Noted, Truncation
-from studio import surgery, theme
+from studio import markup, surgery, theme
 from studio.asking import ask
 from studio.measuring import MOST_ROWS, Bench, Measured, Measuring
 from studio.opened import Opened, Source
@@ -64,10 +64,7 @@ def measured_facts(found: dict[str, Measured]) -> str:
         f"Nats per token; measured on {one.num_rows:,} held-out rows, and on {one.num_general_tokens:,} tokens of "
         "plain English that the studio brings along and no run trains on."
     )
-    return (
-        f'<div class="scroll-x"><table class="plain"><thead><tr><td></td>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>{theme.said(words)}"
-    )
+    return markup.table(f"<tr><td></td>{head}</tr>", rows) + theme.said(words)
 
 
 def loss_picture(found: Losses, whole_rank: int) -> Picture:

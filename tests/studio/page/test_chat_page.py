@@ -244,6 +244,9 @@ def test_the_panes_offer_the_adapters_on_the_same_base_and_keep_what_was_chosen(
         assert update(adapter)["value"] == update(plus)["value"] == chosen
         is_begun_anew = any(isinstance(value, Conversation) for value in told)
         assert is_begun_anew == (before != trained.id), "what was said stays while the tab is away"
+    no_longer = event.fn(trained.id, trained.id, *pane_values("Base", run=None))
+    assert no_longer[1] == "", "an adapter has come since it was said that there is none"
+    assert event.fn(trained.id, trained.id, *pane_values("Base", run=second.id))[1] == gr.skip()
 
 
 def test_the_adapter_s_zip_holds_what_peft_reads_and_follows_the_adapter(trained, workspace, tmp_path):
@@ -281,3 +284,9 @@ def test_an_adapter_that_was_trained_on_is_read_anew(studio, trained):
     after = studio.spectra(studio.opened(Source(trained.id)))
     path = next(iter(louder))
     assert after[path][1].norm == pytest.approx(2 * before[path][1].norm)
+
+
+def test_labels_stay_as_they_are_while_the_tab_is_away(page, trained):
+    show = handler(page, "show", "label-text")
+    assert trained.id == show(trained.id, "")[0]
+    assert {str(value) for value in show(trained.id, trained.id)} == {str(gr.skip())}

@@ -143,3 +143,10 @@ def test_pictures_are_handed_out_and_what_is_gone_is_said(page, trained, studio)
     key = re.search(r'data-key="(\w+)"', bars)[1]
     assert place.hand_out({"key": key, "kind": "svg"})["mime"] == "image/svg+xml"
     assert "older one" in place.hand_out({"key": "none", "kind": "svg"})["problem"]
+
+
+def test_an_adapter_from_files_is_left_for_another_run_but_not_by_leaving_the_tab(page, trained, write_run, studio):
+    elsewhere = studio.place_of(Source(path=str(trained.adapter_folder)))
+    follow = handler(page, "follow")
+    assert follow(trained.id, trained.id, elsewhere, None)[1] == elsewhere
+    assert follow(trained.id, write_run([STARTED]).id, elsewhere, None)[1] == studio.place_of(Source(trained.id))
