@@ -23,7 +23,7 @@ from studio.workspace import Workspace
 
 _CONVERSION = 1  # raise it when converted files must be made anew
 
-_READING = threading.RLock()
+_READING = threading.Lock()  # what is set meanwhile is the library's own, for all threads
 
 
 def converted_folder(file: Path, workspace: Workspace) -> Path:
@@ -243,21 +243,18 @@ def _quick_reading() -> Iterator[None]:
     Its head holds 150,000 words and more, and a piece of a `memmap` takes several times as long to cut as one of a
     plain array; the names of all tensors are made anew for each of the model's modules.
     """
-    import gguf
     import numpy as np
 
-    class Reader(gguf.GGUFReader):
-        def __setattr__(self, name: str, value: Any) -> None:
-            super().__setattr__(name, np.asarray(value) if name == "data" else value)
-
     names = vars(importlib.import_module("gguf"))
-    quick = {
-        "GGUFReader": functools.lru_cache(maxsize=1)(Reader),
-        "get_tensor_name_map": functools.lru_cache(maxsize=1)(gguf.get_tensor_name_map),
-    }
     with _READING:
-        slow = {name: names[name] for name in quick}
-        names.update(quick)
+        slow = {name: names[name] for name in ("GGUFReader", "get_tensor_name_map")}
+
+        class Reader(slow["GGUFReader"]):
+            def __setattr__(self, name: str, value: Any) -> None:
+                super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+        names["GGUFReader"] = functools.lru_cache(maxsize=1)(Reader)
+        names["get_tensor_name_map"] = functools.lru_cache(maxsize=1)(slow["get_tensor_name_map"])
         try:
             yield
         finally:

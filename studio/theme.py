@@ -100,7 +100,8 @@ CSS = f"""
 #head-line {{ display: flex; flex-wrap: wrap; gap: .1rem 1.25rem; margin-top: .15rem; }}
 #head-line > div {{ display: flex; align-items: center; gap: .5rem; min-width: 0; overflow-wrap: anywhere; }}
 #head-line .progress {{ flex: 0 0 5rem; margin: 0; }}
-.facts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(var(--least, 9.75rem), 1fr)); gap: .6rem 1rem; margin: 0; }}
+.facts {{ display: grid; gap: .6rem 1rem; margin: 0;
+  grid-template-columns: repeat(auto-fill, minmax(var(--least, 9.75rem), 1fr)); }}
 @media (max-width: 640px) {{ .facts {{ --least: 8.5rem; }} }}
 .facts div {{ min-width: 0; }} .facts .long {{ grid-column: 1 / -1; }}
 .facts dt {{ color: var(--body-text-color-subdued); font-size: .8rem; }}

@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -465,6 +467,19 @@ def test_changed_gguf_is_converted_anew(tmp_path):
     before = models.read_weight(str(file), fresh, "model.layers.0.mlp.up_proj")
     os.utime(write_gguf(file, seed=1), (1, 1))
     assert not torch.equal(models.read_weight(str(file), fresh, "model.layers.0.mlp.up_proj"), before)
+
+
+def test_two_gguf_files_are_read_at_the_same_time(tmp_path):
+    """What is made quick is the library's own, for all threads of a server: one that begins to read meanwhile waits."""
+    file = write_gguf(tmp_path / "tiny.gguf")
+    plain = vars(gguf)["GGUFReader"]
+    with ThreadPoolExecutor() as pool:
+        with studio_gguf._quick_reading():
+            assert vars(gguf)["GGUFReader"] is not plain
+            reading = pool.submit(studio_gguf.read_config, file)
+            wait([reading], timeout=0.5)
+        assert reading.result().num_hidden_layers == 2
+    assert vars(gguf)["GGUFReader"] is plain
 
 
 def test_gguf_of_the_same_name_in_the_current_folder_is_not_taken_instead(tmp_path, gguf_file, workspace, monkeypatch):
