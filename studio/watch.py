@@ -73,7 +73,11 @@ const look = async () => {
         ({every, going, share} = now);
         for (const [id, [html, mark]] of Object.entries(now.parts)) put(id, html, mark);
         now.ended.forEach(tell);
-        if (turn !== now.turn) { turn = now.turn; trigger('turned'); if (window.openTab === 'runs') follow(); }
+        if (turn !== now.turn) {
+            trigger('turned');
+            if (turn !== null) follow();  // a run has ended: the tab that is open may have more to show of it
+            turn = now.turn;
+        }
     } catch (error) {
         every = 2000;
         put('head-line', 'No answer from LoRA Studio: is it still running? Asking again …', '');

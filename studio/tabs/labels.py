@@ -113,18 +113,21 @@ def build(studio: Studio, run_id: Any, opened: Any, talk: Any) -> None:
         gr.HTML(label_page.legend(), padding=False)
     picture = [*heads, *bars, *engines]
 
+    def others(there: Run) -> list[tuple[str, str]]:
+        return [(MERGED, MERGED), *((name, one) for name, one in choices(studio, there) if one != there.id)]
+
     def show(run: str | None, before: str | None) -> list[Any]:
         """Returns which of chat and labels is seen, and what the run offers to ask."""
-        if run == before:
-            return [gr.skip()] * (10 + len(picture))
         there = studio.runs.get(run) if run else None
         is_labelled = there is not None and there.spec.data.is_labelled
+        if run == before:  # but there may be more runs
+            more = gr.Dropdown(choices=others(there)) if there is not None and is_labelled else gr.skip()
+            return [*[gr.skip()] * 8, more, *[gr.skip()] * (1 + len(picture))]
         seen = [run, gr.Column(visible=not is_labelled), gr.Column(visible=is_labelled)]
         if there is None or not is_labelled:
             return [*seen, *[gr.skip()] * (7 + len(picture))]
         found = examples_of(studio, there)
         text = found[0] if found else ("", "", "")
-        others = [(name, one) for name, one in choices(studio, there) if one != there.id]
         has_own = models.has_head(there.spec.model, studio.workspace, there.spec.head)
         return [
             *seen,
@@ -135,7 +138,7 @@ def build(studio: Studio, run_id: Any, opened: Any, talk: Any) -> None:
             ),
             found,
             text,
-            gr.Dropdown(choices=[(MERGED, MERGED), *others], value=MERGED),
+            gr.Dropdown(choices=others(there), value=MERGED),
             "" if has_own else theme.said(UNTRAINED),
             *drawn(there, 1.0, MERGED, [], ""),
         ]
