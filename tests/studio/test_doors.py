@@ -580,7 +580,7 @@ def test_a_data_set_that_is_no_choice_is_refused(value, page):
 @pytest.mark.parametrize("run", ["../..", "/etc", ".", "..%2f", "x" * 500, "a\nb", 5, ["x"], {"x": 1}])
 def test_a_run_that_is_none_is_not_opened(run, page):
     with pytest.raises(RuntimeError, match="list of choices|unhashable"):
-        page.run(page.event(inputs=["run"], outputs=["run-details"]), run)
+        page.run(page.event(inputs=["run"], outputs=["run-details"]), run, None)
     assert "No run yet" in page.look(run, train=True)["status"]
 
 
@@ -607,7 +607,7 @@ def run(local):
 
 def test_a_download_is_the_run_s_own_files_and_goes_with_the_run(run, page, local):
     page.run(page.event(outputs=["run"], on=["load"]))
-    data = page.run(page.event(inputs=["run"], outputs=["run-details"]), run.id)
+    data = page.run(page.event(inputs=["run"], outputs=["run-details"]), run.id, None)
     url = data[1]["value"]["url"].partition(local.at)[2]
     packed = zipfile.ZipFile(io.BytesIO(local.http.get(url).content))
     assert set(packed.namelist()) == {"adapter_config.json", "adapter_model.safetensors"}
