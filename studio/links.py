@@ -49,7 +49,7 @@ def ways(run: str = "", /, **tabs: str) -> str:
 
 JS = """
 const SEES = {train: 'see_train', spectrum: 'see_spectrum', chat: 'see_chat', runs: 'see_runs', home: 'see_home'};
-window.follow = () => { if (SEES[window.openTab]) trigger(SEES[window.openTab]); };
+window.seeTab = () => { if (SEES[window.openTab]) trigger(SEES[window.openTab]); };
 const go = (way) => {
     window.way = way;
     if (document.body.classList.contains('learning')) location.hash = '';
@@ -84,10 +84,10 @@ def event(head: Any, name: str) -> Any:
 
 def opens(tab: str) -> str:
     """Returns what the page does when it opens a tab."""
-    return f"() => {{ window.openTab = '{tab}'; window.follow?.(); }}"
+    return f"() => {{ window.openTab = '{tab}'; window.seeTab?.(); }}"
 
 
-CHOSE = "(run) => { window.runShown = run; window.follow?.(); }"
+CHOSE = "(run) => { window.runShown = run; window.seeTab?.(); }"
 """What the page does when another run is chosen in its header."""
 
 GO = """() => {

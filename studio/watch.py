@@ -75,7 +75,7 @@ const look = async () => {
         now.ended.forEach(tell);
         if (turn !== now.turn) {
             trigger('turned');
-            if (turn !== null) follow();  // a run has ended: the tab that is open may have more to show of it
+            if (turn !== null) window.seeTab();  // a run has ended: the tab that is open may have more to show of it
             turn = now.turn;
         }
     } catch (error) {

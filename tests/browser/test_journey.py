@@ -390,8 +390,11 @@ def test_the_page_tells_of_a_run_that_ends(trained, server):
     page, run = trained, ByHand(Workspace(server.workspace), "Inns <b>bold</b>")
     page.wait_for_function("document.querySelector('#head-line').innerText.includes('step 10 of 40')", timeout=WAIT)
     assert page.locator(".end").count() == 0, "the runs that ended before it was opened are none of them"
+    open_tab(page, "Runs")
+    page.locator("#runs-table", has_text="running").wait_for(timeout=WAIT)
     run.end(Failed("The loss is <nan>."))
     page.locator("#failures .end", has_text="“Inns <b>bold</b>” failed").wait_for(timeout=WAIT)
+    page.locator("#runs-table", has_text="failed").wait_for(timeout=WAIT)  # the tab that is open follows it
     page.get_by_role("button", name="Close").click()
     page.locator(".end").wait_for(state="detached")
     Runs(Workspace(server.workspace)).delete(run.run)
