@@ -17,7 +17,7 @@ from core import (
 from studio import links, watch
 from studio.opened import Source
 from studio.tabs import learn, spectrum
-from tests.studio.page.pages import build, events, handler, look, update
+from tests.studio.page.pages import STARTED, build, events, handler, look, update
 
 
 def test_the_page_has_the_tabs_in_order_and_the_head(page):
@@ -197,3 +197,13 @@ def test_a_guarded_handler_gives_back_what_it_did_and_still_gets_gradio_s_reques
     request = types.SimpleNamespace()
     inputs, *_ = special_args(guarded, inputs=["x"], request=request)
     assert guarded(*inputs) == ("x", request)
+
+
+def test_a_run_beside_another_is_forgotten_when_it_is_deleted(page, studio, write_run):
+    run, other = (write_run([STARTED]) for _ in range(2))
+    show = handler(page, "show", "run-details")
+    *_, choice, compared = show(run.id, other.id)
+    assert update(choice)["value"] == other.id and "What differs" in compared
+    studio.runs.delete(other)
+    *_, choice, compared = show(run.id, other.id)
+    assert (update(choice)["value"], update(choice)["choices"], compared) == (None, [], "")
