@@ -74,10 +74,6 @@ def build(studio: Studio) -> gr.Blocks:
     return page
 
 
-def _controls(studio: Studio, run: str | None) -> list[Any]:
-    return train.controls(studio.runs.get(run) if run else None)
-
-
 def _open(studio: Studio, page: gr.Blocks, head: Any, run_id: Any, tabs: Any, looked_at: spectrum.SpectrumTab) -> None:
     """Has a page open at what its address asks for, else at the run that goes on, the newest, or Start; and go on."""
     names, sections = (
@@ -126,16 +122,15 @@ def _wire(
     num_train, num_method = len(train_tab.form.widgets), len(train_tab.method.widgets)
 
     def controls(run: str | None) -> list[Any]:
-        return _controls(studio, run)
+        return train.controls(studio.runs.get(run) if run else None)
 
-    def turned(run: str | None) -> list[Any]:
+    def turned(run: str | None) -> Any:
         listed = runs.choices(studio, studio.runs.list())
         ids = [run_id for _, run_id in listed]
         if run and run not in ids:  # it was deleted
-            run = ids[0] if ids else None
-            return [gr.Dropdown(choices=listed, value=run), *_controls(studio, run)]
+            return gr.Dropdown(choices=listed, value=ids[0] if ids else None)
         # The value is left alone: this may be asked before the page has opened its run, or while another is chosen.
-        return [gr.Dropdown(choices=listed), *_controls(studio, run)]
+        return gr.Dropdown(choices=listed)
 
     def read(*values: Any, rows: bool = True) -> RunSpec:
         chosen, lora = model.parse(model_tab.form, list(values[:num_model]))
@@ -180,7 +175,7 @@ def _wire(
     last: dict[str, Any] = {"trigger_mode": "always_last"}  # of ticks that follow fast, none is lost
     train_tab.gpus.input(studio.guard(train.device_of), train_tab.gpus, train_tab.device, queue=False, **last, **quiet)
     changed = [run_id, *train_tab.controls]
-    head.turned(studio.guard(turned), run_id, changed, queue=False, **quiet)
+    head.turned(studio.guard(turned), run_id, run_id, queue=False, **quiet)
     head.see_train(studio.guard(controls), run_id, train_tab.controls, queue=False, **last, **quiet)
     train_tab.start.click(
         studio.guard(begin),

@@ -17,7 +17,7 @@ _WIDTH, _HEIGHT = 1000, 100  # of the drawing's own units; it is stretched to th
 _MAX_STRIPS = 40  # to point at, in a chart that is large enough for it
 _STRIP_HEIGHT = 200
 _TOO_LARGE = 1e300
-_MEANS, _STRETCHES = 40, 4  # a mean is over four stretches of steps, and there are 40 stretches or more
+_FEWEST, _MEANS, _STRETCHES = 40, 80, 4  # a mean is over four stretches of steps, of which there are up to 80
 
 Point = tuple[float, float]
 Range = tuple[float, float]
@@ -95,10 +95,9 @@ def chart(title: str, curves: Sequence[Curve], *, height: int, empty: str = "", 
         )
     if height >= _STRIP_HEIGHT:
         parts += _strips(drawn, left, right)
-    faint = {True: " faint", False: ""}
     key = "".join(
-        f'<span class="key{faint[c.faint]}" style="--key:{c.color}">{escape(c.name)} <b>{_number(c.points[-1][1])}</b>'
-        "</span>"
+        f'<span class="key{" faint" * c.faint}" style="--key:{c.color}">{escape(c.name)} '
+        f"<b>{_number(c.points[-1][1])}</b></span>"
         for c in curves
         if len(c.points)
     )
@@ -127,11 +126,9 @@ def _within(points: Sequence[Point] | np.ndarray, shown: Range | None) -> Sequen
 def with_mean(curve: Curve, name: str = "mean of {} steps") -> list[Curve]:
     """Returns a noisy curve, faint, and before it its mean over a few steps, by which it is read; a short one alone."""
     table = np.asarray(curve.points, float).reshape(-1, 2)
-    rough = len(table) // _MEANS
-    if not rough:
+    if len(table) < _FEWEST:
         return [curve]
-    power = 10 ** int(math.log10(rough))
-    stretch = max(m * power for m in (1, 2, 5) if m * power <= rough)
+    stretch = max(1, round(_rounded_up(len(table) / _MEANS)))
     whole = len(table) // stretch * stretch
     values = table[:whole, 1].reshape(-1, stretch)
     is_drawn = np.abs(values) < _TOO_LARGE
@@ -175,11 +172,15 @@ def duration(seconds: float) -> str:
 
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Returns round numbers from `low` to `high`, evenly spaced, at most one more than `most`."""
-    rough = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+    step = _rounded_up((high - low) / most)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
+
+
+def _rounded_up(rough: float) -> float:
+    """Returns the next of 1, 2, 5, 10 and so on, or of 0.5, 0.2, 0.1 and so on."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
 
 
 def _path(curve: Curve, places: Sequence[Point]) -> str:

@@ -139,7 +139,7 @@ def test_a_closer_look_shows_only_those_steps_and_where_the_lines_go_on():
     assert [x for x, _ in drawn(between)[0]] == [-500, 1500], "no value there: the line alone"
 
 
-@pytest.mark.parametrize(("length", "window"), [(39, 0), (40, 4), (97, 8), (399, 20), (4000, 400)])
+@pytest.mark.parametrize(("length", "window"), [(39, 0), (40, 4), (97, 8), (399, 20), (4000, 200)])
 def test_a_noisy_curve_is_read_by_the_mean_over_a_few_steps_around(length, window):
     values = [math.nan if step % 7 == 3 else math.sin(step) + 2 for step in range(1, length + 1)]
     points = list(zip(range(1, length + 1), values, strict=True))
@@ -157,4 +157,4 @@ def test_a_noisy_curve_is_read_by_the_mean_over_a_few_steps_around(length, windo
 def test_where_no_step_is_finite_neither_is_the_mean():
     points = [(step, math.nan if 20 < step < 30 else 1e200) for step in range(1, 81)]
     _, mean = live.with_mean(live.Curve("", "red", points))
-    assert {step for step, value in mean.points if not math.isfinite(value)} == {24}  # which alone counts 21 to 28
+    assert {step for step, value in mean.points if not math.isfinite(value)} == set(range(22, 28))
